@@ -1,0 +1,197 @@
+"""The commands ``adagc synth`` and ``adagc shard``: arguments in, an exit code out.
+
+Exit codes: 0 done, 1 the data or the disk do not allow it (one message, no traceback), 2 wrong usage. Heavy imports
+happen inside, so that ``--help`` answers at once and a machine without rasterio can still train.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sharding.writer import Outcome
+
+__all__ = ["shard", "synth"]
+
+_SYNTH = """\
+Writes a SYNTHETIC tree in reBEN's official layout: 12 GeoTIFFs per patch, reference maps, metadata.parquet. Its pixels
+are made up (regions, class spectra, season, texture, haze, noise): it is for trying the project without data, never
+for reporting accuracy. Killed and started again, it goes on; the same seed gives the same tree for any --workers."""
+
+_SYNTH_EXAMPLE = """\
+example:
+  adagc synth --out /tmp/tree --patches 3000 --seed 0
+  adagc shard reben --root /tmp/tree --out /tmp/shards"""
+
+_SHARD = """\
+Converts a dataset into WebDataset tars plus a manifest, which training reads. Killed at any moment and started again
+with the same arguments, it goes on where it was. The result is the same bytes for any --workers."""
+
+_REBEN = """\
+Reads reBEN (BigEarthNet v2.0) in its official layout: --root holds BigEarthNet-S2, Reference_Maps and metadata.parquet
+(without the maps all works but labels chosen by area). The 12 bands are stored as they are: native size, uint16."""
+
+_REBEN_EXAMPLE = """\
+example:
+  adagc shard reben --root /data/reben --out /data/reben-shards --workers 32
+
+The 480,038 recommended patches of reBEN become 79 GB of shards. OUT/report.json counts patches without a map and with
+labels other than their map's, and lists skipped ones."""
+
+
+def synth(argv: list[str]) -> int:
+    """``adagc synth``: write a synthetic reBEN tree. Returns the exit code."""
+    parser = _parser("adagc synth", _SYNTH, _SYNTH_EXAMPLE)
+    option = parser.add_argument
+    option("--out", type=Path, required=True, metavar="TREE", help="folder to write: new, empty or unfinished")
+    option("--patches", type=_positive, required=True, metavar="N", help="number of patches, about 0.2 MB each")
+    option("--seed", type=int, default=0, metavar="S", help="another seed is another tree (default: %(default)s)")
+    shares = "shares of the train, validation and test splits (default: 0.6,0.2,0.2)"
+    option("--shares", type=_shares, default=(0.6, 0.2, 0.2), metavar="T,V,E", help=shares)
+    _add_workers(parser)
+    asked = parser.parse_args(argv)
+    return _guarded("adagc synth", lambda: _synth(asked))
+
+
+def shard(argv: list[str]) -> int:
+    """``adagc shard reben``: convert a dataset to shards. Returns the exit code."""
+    parser = _parser("adagc shard", _SHARD, _REBEN_EXAMPLE)
+    formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
+    _add_reben(
+        formats.add_parser(
+            "reben",
+            help="reBEN (BigEarthNet v2.0), Sentinel-2; `adagc shard reben --help` tells more",
+            description=_REBEN,
+            epilog=_REBEN_EXAMPLE,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    asked = parser.parse_args(argv)
+    return _guarded("adagc shard", lambda: _shard_reben(asked))
+
+
+def _add_reben(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    option("--root", type=Path, required=True, metavar="TREE", help="folder with BigEarthNet-S2 and metadata.parquet")
+    option("--out", type=Path, required=True, metavar="DIR", help="folder to write: new, empty or unfinished")
+    size = "patches in a tar, 0.16 MB each (default: %(default)s)"
+    option("--samples-per-shard", type=_positive, default=1000, metavar="N", help=size)
+    option("--seed", type=int, default=0, metavar="S", help="of the packing order (default: %(default)s)")
+    snow = "also the 69,450 patches with seasonal snow, clouds or shadows (default: without them)"
+    option("--include-snow-cloud", action="store_true", help=snow)
+    unusable = "a patch that cannot be used: stop, or skip it and list it at the end (default: %(default)s)"
+    option("--on-error", choices=("stop", "skip"), default="stop", help=unusable)
+    _add_workers(parser)
+
+
+def _parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, formatter_class=raw)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    cores = len(os.sched_getaffinity(0))
+    processes = "processes; 0 works in this one (default: the cores at hand, here %(default)s)"
+    parser.add_argument("--workers", type=_count, default=cores, metavar="N", help=processes)
+
+
+def _count(text: str) -> int:
+    return _whole(text, least=0)
+
+
+def _positive(text: str) -> int:
+    return _whole(text, least=1)
+
+
+def _whole(text: str, *, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+    return number
+
+
+def _shares(text: str) -> tuple[float, float, float]:
+    message = f"{text!r} is not three shares that add up to 1, e.g. 0.6,0.2,0.2"
+    try:
+        train, validation, test = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(message) from None
+    if min(train, validation, test) < 0 or abs(train + validation + test - 1) > 1e-6:
+        raise argparse.ArgumentTypeError(message)
+    return train, validation, test
+
+
+def _guarded(command: str, action: Callable[[], None]) -> int:
+    """Run it; what a user can put right is one message, anything else a traceback."""
+    from sharding.sources import PatchError
+
+    try:
+        action()
+    except PatchError as error:
+        print(
+            f"{command}: {error}\nUse --on-error skip to leave such patches out and have them listed.", file=sys.stderr
+        )
+        return 1
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{command}: interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
+        return 130  # as shells have it
+    return 0
+
+
+def _synth(asked: argparse.Namespace) -> None:
+    from sharding.synthetic import write_tree
+
+    new = write_tree(asked.out, asked.patches, seed=asked.seed, shares=asked.shares, workers=asked.workers)
+    state = f"{new} of {asked.patches} written now" if new else "was finished before, nothing to do"
+    print(f"synthetic reBEN tree {asked.out}: {asked.patches} patches, seed {asked.seed} ({state})")
+
+
+def _shard_reben(asked: argparse.Namespace) -> None:
+    from sharding.sources import RebenTree
+    from sharding.writer import write_shards
+
+    source = RebenTree(asked.root, include_snow_cloud=asked.include_snow_cloud)
+    outcome = write_shards(
+        source,
+        asked.out,
+        seed=asked.seed,
+        samples_per_shard=asked.samples_per_shard,
+        workers=asked.workers,
+        skip=asked.on_error == "skip",
+    )
+    print(_summary(asked.out, outcome))
+
+
+def _summary(out: Path, outcome: "Outcome") -> str:
+    """What was done, in a few lines; the first few of each finding by name, all skipped patches in report.json."""
+    report, shards = outcome.report, outcome.manifest.shards
+    rows = ", ".join(f"{split} {count}" for split, count in report["rows"].items())
+    size = sum(shard.bytes for shard in shards) / 1e6
+    rate = f"{outcome.written / max(outcome.seconds, 1e-9):.0f} patches/s"
+    skipped = report["skipped"]
+    lines = [
+        f"shards {out}: {sum(report['rows'].values())} patches ({rows}) in {len(shards)} shards, {size:.1f} MB",
+        f"written now: {outcome.written}, {rate}" if outcome.written else "it was finished before: nothing to do",
+        _finding("patches without a reference map (no dominant label)", report["maps_missing"]),
+        _finding("patches with labels other than their map's (the metadata win)", report["label_disagreements"]),
+        f"patches skipped: {len(skipped)}",
+        *(f"  {item['patch']}, file {item['file']}: {item['reason']}" for item in skipped[:20]),
+    ]
+    if len(skipped) > 20:
+        lines.append(f"  ... and {len(skipped) - 20} more, see {out / 'report.json'}")
+    return "\n".join(lines)
+
+
+def _finding(what: str, counted: dict[str, object]) -> str:
+    first = counted["first"]
+    assert isinstance(first, list)
+    return f"{what}: {counted['count']}" + (f", e.g. {', '.join(first[:3])}" if first else "")
