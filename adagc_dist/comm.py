@@ -1,0 +1,119 @@
+"""What the method asks of the outside: collectives (Comm) and the student's forward, backward and step (Engine).
+
+``launch`` implements both with torch.distributed; tests implement Comm with threads. No other module of this package
+knows a process group.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Comm", "Engine", "SoloComm", "first_error_everywhere"]
+
+T = TypeVar("T")
+
+
+class Comm(Protocol):
+    """Collectives over all ranks; every method is collective, so every rank calls it in the same order."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Collective: the tensors of all ranks, in rank order. Shape and dtype are the same on every rank."""
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Collective: the sum over ranks, in place; returns ``tensor``."""
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """Collective: small plain values of all ranks, in rank order."""
+
+    def broadcast_object(self, value: T) -> T:
+        """Collective: rank 0's small plain value; what other ranks pass is ignored."""
+
+    def barrier(self) -> None:
+        """Collective: returns when every rank has come."""
+
+
+class Engine(Protocol):
+    """A student that trains: distributed or not, whatever the backend.
+
+    ``student`` is the bare module (its parameters are those trained). A step is: ``forward`` and ``backward`` for each
+    micro-batch, then ``step``.
+    """
+
+    @property
+    def student(self) -> nn.Module: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits float32 [B, C] of the training-mode student, ready for ``backward``."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients of ``loss``, a local sum over a global count (DESIGN decision 3); ``last`` exchanges
+        them.
+        """
+
+    def step(self, lr: float) -> Tensor:
+        """Collective: clip, update the weights at ``lr``, average BatchNorm statistics; returns the gradient's norm
+        (scalar).
+        """
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision context for forward passes outside ``forward`` (teacher, clean student pass)."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimiser's state as flat named tensors."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set the optimiser's state, as ``state`` returned it."""
+
+
+class SoloComm:
+    """One process, no peers."""
+
+    rank = 0
+    world_size = 1
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor]
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def all_gather_object(self, value: T) -> list[T]:
+        return [value]
+
+    def broadcast_object(self, value: T) -> T:
+        return value
+
+    def barrier(self) -> None:
+        return None
+
+
+@contextmanager
+def first_error_everywhere(comm: Comm) -> Iterator[None]:
+    """Collective: if the body fails on any rank, every rank raises; so no rank is left waiting for one that has gone.
+
+    The rank that failed raises its own error, the others a RuntimeError that quotes the first one. The body must not
+    hold collectives.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:  # re-raised below, once the others know
+        error = caught
+    messages = comm.all_gather_object(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
+    if failed:
+        raise RuntimeError(f"rank {failed[0][0]} failed: {failed[0][1]}")

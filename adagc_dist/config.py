@@ -1,0 +1,236 @@
+"""The configuration: a tree of frozen, typed dataclasses, checked when built.
+
+A recipe (YAML) names any of these keys; dotted overrides name them as ``section.key``. Reading recipes is
+``launch.recipe``'s work.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "DetectorConfig",
+    "EngineConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "SpmlConfig",
+]
+
+BANDS = ("B02", "B03", "B04", "B08", "B05", "B06", "B07", "B8A", "B11", "B12", "B01", "B09")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    shards: str = ""
+    """Folder made by `adagc shard` (required)."""
+    bands: tuple[str, ...] = BANDS
+    """Bands by name, in the order in which the student sees them; only these are read."""
+    size: int = 120
+    """Side of the student's input in pixels; bands of other sizes are resampled to it (bilinear) on the device."""
+    workers: int = 2
+    """Reading processes per rank; 0 reads in the training process."""
+    window_shards: int = 0
+    """Rows are permuted within windows of so many shuffled shards; 0 is one window over the whole split (local
+    data).
+    """
+    augment: bool = True
+    """Train on a random one of the eight symmetries of the square, drawn per patch and epoch."""
+
+    def __post_init__(self) -> None:
+        _check(self.size > 0, f"data.size={self.size} must be positive")
+        _check(self.workers >= 0, f"data.workers={self.workers} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpmlConfig:
+    policy: Literal["random", "dominant", "full"] = "random"
+    """The one positive each patch keeps: random (uniform over its labels), dominant (largest area); full keeps all (the
+    upper bound).
+    """
+    seed: int = 0
+    """Seed of the random choice: a function of (seed, patch key) alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    name: str = "resnet50"
+    """Any timm model, e.g. resnet18, convnextv2_base, vit_base_patch16_224 (then model.kwargs={img_size: 120})."""
+    pretrained: str | None = None
+    """Weights to start from: null (random), `timm` (the model's own), a Hugging Face hub name `org/name`, or a local
+    file.
+    """
+    prior_bias: bool = True
+    """Start the head's bias at the log odds of each class among the observed labels, so that the first predictions,
+    which the prediction averages remember longest, say "rare" and not 0.5."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of timm.create_model, e.g. {drop_path_rate: 0.1}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    name: Literal["adagc", "an"] = "adagc"
+    """adagc: gradient calibration after the trigger; an: assume-negative BCE throughout."""
+    teacher_momentum: float | None = None
+    """Momentum of the teacher's weights per step; null: from teacher_lag."""
+    teacher_lag: float = 1.5
+    """Time constant of the teacher's weights in epochs, where teacher_momentum is null."""
+    prediction_momentum: float = 0.9
+    """Momentum of each sample's prediction average per epoch (beta)."""
+    teacher_weight: float = 0.5
+    """Weight w of the teacher's prediction in the pseudo-label; 1 is teacher only, 0 the prediction average only."""
+    combine: Literal["mean", "max", "product"] = "mean"
+    """How teacher and prediction average make a pseudo-label: w pT + (1-w) pS, the larger, or pT^w pS^(1-w)."""
+    pseudo_threshold: float = 0.0
+    """Pseudo-labels below it are set to 0; 0 is off."""
+    gc_weight: float = 3.0
+    """Weight of the calibration term; both terms are means over samples and classes. In self-consistency accepts above
+    1/(weight-1).
+    """
+    mixup_alpha: float = 1.0
+    """Beta(alpha, alpha) of Mixup after the trigger; 0 is no Mixup."""
+
+    def __post_init__(self) -> None:
+        for name in ("prediction_momentum", "teacher_weight", "pseudo_threshold"):
+            value = getattr(self, name)
+            _check(0.0 <= value <= 1.0, f"method.{name}={value} must lie in [0, 1]")
+        momentum = self.teacher_momentum
+        _check(
+            momentum is None or 0.0 <= momentum < 1.0,
+            f"method.teacher_momentum={momentum} must lie in [0, 1) or be null",
+        )
+        _check(self.teacher_lag > 0, f"method.teacher_lag={self.teacher_lag} must be positive (epochs)")
+        _check(
+            self.gc_weight >= 0,
+            f"method.gc_weight={self.gc_weight} must not be negative: the term is added with this weight",
+        )
+        _check(self.mixup_alpha >= 0, f"method.mixup_alpha={self.mixup_alpha} must not be negative (0 is no Mixup)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig:
+    rule: Literal["plateau", "fixed", "never"] = "plateau"
+    """plateau: noisy validation mAP stopped rising; fixed: after min_epochs; never: warm-up to the end."""
+    min_epochs: int = 3
+    """Warm-up lasts at least so many epochs, or max_epochs if that is less (rule fixed: exactly so many)."""
+    max_epochs: int | None = None
+    """The trigger is forced after so many epochs; null: 0.4 of optim.epochs, which it may not exceed."""
+    patience: int = 3
+    """Epochs without an improvement of the smoothed noisy mAP by more than its standard error, before the plateau is
+    called.
+    """
+    rewind: bool = True
+    """Go back to the best epoch's weights, optimiser and prediction averages at the trigger."""
+
+    def __post_init__(self) -> None:
+        _check(self.min_epochs >= 1, f"detector.min_epochs={self.min_epochs} must be at least 1")
+        _check(self.patience >= 1, f"detector.patience={self.patience} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    epochs: int = 60
+    """Epochs in all, warm-up and calibration."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW: linear warm-up, constant to the trigger, cosine to 0 after it."""
+    weight_decay: float = 0.01
+    """AdamW's decay of weight matrices; biases and normalisation weights are not decayed."""
+    global_batch: int = 512
+    """Rows of a step over all ranks and micro-batches, whatever their number."""
+    accumulation: int = 1
+    """Micro-batches per step and rank."""
+    warmup_steps: int = 100
+    """Steps of the learning rate's linear warm-up."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 is off."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of forward passes; weights, averages and losses stay float32."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch", "accumulation"):
+            _check(getattr(self, name) >= 1, f"optim.{name}={getattr(self, name)} must be at least 1")
+        for name in ("lr", "weight_decay", "warmup_steps", "clip_norm"):
+            _check(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    name: Literal["ddp"] = "ddp"
+    """ddp: DistributedDataParallel, gloo on CPU and NCCL on GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU per rank where there is one."""
+    batchnorm: Literal["local", "sync"] = "local"
+    """local: a rank normalises by its own slot, running statistics are averaged over ranks; sync: by the whole step
+    (exact, slower).
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    dir: str = ""
+    """The run's folder (required): configuration, status, metrics, checkpoints, teacher, TensorBoard events."""
+    seed: int = 0
+    """Seed of initial weights, order, augmentation and Mixup."""
+    log_every: int = 10
+    """Steps between TensorBoard points of losses and rates."""
+    eval_student: bool = False
+    """Validate the student beside the teacher (one more pass over validation an epoch)."""
+    eval_block: int = 256
+    """Patches per evaluation batch; results do not depend on the number of ranks, but on this in the last digits."""
+    keep_checkpoints: int = 2
+    """Newest epoch checkpoints kept, beside the one that a rewind may need."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "eval_block", "keep_checkpoints"):
+            _check(getattr(self, name) >= 1, f"run.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run. Built by ``launch.recipe.load_config``; written to RUN/config.yaml, which is a recipe itself."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    spml: SpmlConfig = field(default_factory=SpmlConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _check(
+            bool(self.data.shards),
+            "data.shards is not set: the folder that `adagc shard` wrote, e.g. data.shards=shards/reben",
+        )
+        _check(bool(self.run.dir), "run.dir is not set: a folder for this run, e.g. run.dir=runs/first")
+        bound = max(1, int(0.4 * self.optim.epochs))
+        named = self.detector.max_epochs
+        _check(
+            self.detector.rule != "plateau" or named is None or named <= bound,
+            f"detector.max_epochs={named} is more than 0.4 of optim.epochs={self.optim.epochs}: "
+            f"set it to {bound} or less, or null",
+        )
+
+    @property
+    def shortest_warmup(self) -> int:
+        """Epochs before which the trigger does not fire."""
+        return min(self.detector.min_epochs, self.longest_warmup)
+
+    @property
+    def longest_warmup(self) -> int:
+        """Epochs after which the trigger is forced."""
+        named = self.detector.max_epochs
+        return named if named is not None else max(1, int(0.4 * self.optim.epochs))
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.run.dir)

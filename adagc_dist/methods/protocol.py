@@ -1,0 +1,54 @@
+"""What the trainer asks of a method."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from torch import Tensor
+
+from adagc_dist.feed import TrainingBatch
+from adagc_dist.store import PredictionStore
+
+__all__ = ["Losses", "Method", "Phase"]
+
+
+class Phase(Enum):
+    """Before and after the trigger."""
+
+    WARMUP = "warmup"
+    CALIBRATION = "calibration"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One micro-batch's share of the step's loss; sums over all micro-batches and ranks are the global mean.
+
+    Attributes:
+        total: scalar, to be differentiated.
+        bce: scalar without gradient.
+        gc: scalar without gradient, already weighted; at most 0.
+        pseudo_counts: float32 [3], over the unobserved entries: pseudo-labels that count as positive, those among them
+            that are true, and true labels; None where no pseudo-labels were made. For monitoring only.
+    """
+
+    total: Tensor
+    bce: Tensor
+    gc: Tensor
+    pseudo_counts: Tensor | None = None
+
+
+class Method(Protocol):
+    """A method turns micro-batches into losses, and may keep values per sample."""
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the trigger changes what is learnt; if not, it only starts the learning rate's decay."""
+
+    @property
+    def store(self) -> PredictionStore | None:
+        """Values per sample that move with the rows and are saved with the run, or None."""
+
+    def losses(self, batch: TrainingBatch, phase: Phase) -> Losses:
+        """Forward passes and loss of one micro-batch; not collective, but for what the engine's forward pass
+        exchanges.
+        """

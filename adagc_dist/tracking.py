@@ -1,0 +1,102 @@
+"""What a run leaves behind for people: TensorBoard events, a line of metrics per epoch, its status. Written by rank 0
+alone.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+__all__ = ["NullTracker", "RunTracker", "Tracker", "read_status", "write_json"]
+
+
+class Tracker(Protocol):
+    """Where a trainer reports to."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Points of curves at a global step."""
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """One line in metrics.jsonl."""
+
+    def status(self, state: str, **details: Any) -> None:
+        """Overwrite status.json: state is running, stopped, finished or failed."""
+
+    def close(self) -> None:
+        """Flush."""
+
+
+class NullTracker:
+    """For all ranks but 0."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        return None
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        return None
+
+    def status(self, state: str, **details: Any) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+class RunTracker:
+    """Files under the run's folder: tensorboard/, metrics.jsonl, status.json.
+
+    Args:
+        first_step: the global step this process starts from; TensorBoard drops later points of an earlier process.
+        first_epoch: lines of metrics.jsonl from this epoch on are dropped likewise.
+    """
+
+    def __init__(self, run: Path, *, first_step: int, first_epoch: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # here: importing it takes a second, and only rank 0 needs it
+
+        self._run = run
+
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None)
+        self._lines = run / "metrics.jsonl"
+        _keep_lines(self._lines, first_epoch)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        with self._lines.open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+        self._writer.flush()
+
+    def status(self, state: str, **details: Any) -> None:
+        write_json(self._run / "status.json", {"state": state} | details)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Replace ``path`` at once: a reader sees the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as stream:
+        json.dump(record, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """status.json, or {} where the run has none."""
+    path = run / "status.json"
+    if not path.is_file():
+        return {}
+    status: dict[str, Any] = json.loads(path.read_text())
+    return status
+
+
+def _keep_lines(path: Path, first_epoch: int) -> None:
+    if not path.is_file():
+        return
+    lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["epoch"] < first_epoch]
+    path.write_text("".join(line + "\n" for line in lines))
