@@ -1,0 +1,47 @@
+"""The `adagc` command: one door, a room per subcommand. Each is imported only when it is asked for, so --help is
+instant.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_COMMANDS = {
+    "synth": ("sharding.convert", "synth", "write a synthetic reBEN tree, for machines without data"),
+    "shard": ("sharding.convert", "shard", "convert reBEN to WebDataset shards with a manifest"),
+    "train": ("launch.train", "main", "train AdaGC or a baseline, on one rank or many"),
+    "evaluate": ("launch.evaluate", "main", "exact metrics of trained runs, as a table and as metrics.json"),
+}
+
+_EXAMPLE = """\
+example, from nothing to a trained model:
+  adagc synth --out data/synth --patches 2000 --seed 0
+  adagc shard reben --root data/synth --out shards/synth
+  adagc train demo data.shards=shards/synth run.dir=runs/first
+  adagc evaluate runs/first
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hand the arguments on to a subcommand and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] not in _COMMANDS:
+        print(f"adagc: there is no command {arguments[0]!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    module, function, _ = _COMMANDS[arguments[0]]
+    code: int = getattr(importlib.import_module(module), function)(arguments[1:])
+    return code
+
+
+def _usage() -> str:
+    commands = "\n".join(f"  {name:<10}{summary}" for name, (_, _, summary) in _COMMANDS.items())
+    return f"usage: adagc COMMAND ...    (adagc COMMAND --help teaches)\n\n{commands}\n\n{_EXAMPLE}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Recipes: YAML and dotted overrides become one typed ``Config``, and back.
+
+The command line, the tests and the searches all come through ``load_config``. An unknown key is an error that names the
+nearest right one: a misspelt learning rate must not train for a week at the default.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import yaml
+from docstring_parser import parse_from_object
+from jsonargparse import ArgumentError, ArgumentParser
+
+from adagc_dist.config import Config
+
+__all__ = ["RECIPES", "describe_keys", "dump_config", "flatten", "load_config", "recipe_path"]
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a recipe with ``section.key=value`` overrides.
+
+    Args:
+        recipe: a YAML file, or the name of one under launch/recipes (without .yaml), or None for the defaults.
+
+    Raises:
+        ValueError: no such recipe, an unknown key, a value of the wrong type or out of range; the message names the
+            key.
+    """
+    tree = {} if recipe is None else _read_yaml(recipe_path(recipe))
+    for override in overrides:
+        _apply(tree, override)
+    _check_keys(tree)
+    parser = ArgumentParser(exit_on_error=False, prog="adagc")
+    parser.add_class_arguments(Config)
+    try:
+        values = parser.instantiate(parser.parse_object(tree))
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).replace("Parser key", "key").split())) from error
+    return Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML that ``load_config`` reads back equal."""
+    tree = {section: _plain(dataclasses.asdict(values)) for section, values in vars(config).items()}
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """``section.key`` -> value for all keys."""
+    return {
+        f"{section}.{key}": value for section, values in vars(config).items() for key, value in vars(values).items()
+    }
+
+
+def recipe_path(recipe: str | Path) -> Path:
+    """The file of a recipe given by path or name.
+
+    Raises:
+        ValueError: there is none; the message lists the shipped ones.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{recipe}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    close = difflib.get_close_matches(str(recipe), names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(f"there is no recipe {str(recipe)!r}: {hint}Give a YAML file or one of {', '.join(names)}")
+
+
+def describe_keys() -> str:
+    """Every key with its default and meaning, for --help."""
+    lines = []
+    for section, key, default, text in _keys():
+        lines.append(f"  {section}.{key} = {_yaml_inline(default)}")
+        lines.append(fill(text, width=110, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines)
+
+
+def _keys() -> Iterator[tuple[str, str, object, str]]:
+    for section, kind in _sections().items():
+        texts = {param.arg_name: param.description or "" for param in parse_from_object(kind).params}
+        for field in dataclasses.fields(kind):
+            default = field.default if field.default is not dataclasses.MISSING else {}
+            yield section, field.name, default, texts.get(field.name, "")
+
+
+@cache
+def _sections() -> dict[str, type]:
+    return {field.name: field.type for field in dataclasses.fields(Config) if isinstance(field.type, type)}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not all(isinstance(values, dict) for values in tree.values()):
+        raise ValueError(f"{path} must hold sections ({', '.join(_sections())}) with keys below each")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"override {override!r} is not of the form section.key=value, e.g. optim.lr=1e-3")
+    section, dot, key = name.strip().partition(".")
+    if not dot:
+        raise ValueError(f"override {override!r} names no section: {_nearest(name, _known())}")
+    value: Any = yaml.safe_load(text) if text else ""
+    if name == "data.bands" and isinstance(value, str):
+        value = [band.strip() for band in value.split(",")]
+    subkey, inner, rest = key.partition(".")
+    if inner and f"{section}.{subkey}" == "model.kwargs":  # model.kwargs.img_size=120
+        tree.setdefault(section, {}).setdefault(subkey, {})[rest] = value
+    else:
+        tree.setdefault(section, {})[key] = value
+
+
+def _check_keys(tree: Mapping[str, Mapping[str, Any]]) -> None:
+    known = _known()
+    for section, values in tree.items():
+        for key in values:
+            if f"{section}.{key}" not in known:
+                raise ValueError(f"unknown key {section}.{key}: {_nearest(f'{section}.{key}', known)}")
+
+
+def _known() -> list[str]:
+    return [f"{section}.{key}" for section, key, _, _ in _keys()]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    last = name.rpartition(".")[2]
+    same = [key for key in known if key.rpartition(".")[2] == last]
+    close = same or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else "`adagc train --help` lists all keys"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _yaml_inline(value: object) -> str:
+    return yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()

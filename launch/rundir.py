@@ -1,0 +1,111 @@
+"""A run's folder: who may write to it, what it holds, and how an unfinished run is found again.
+
+config.yaml        the resolved configuration; itself a recipe that repeats the run
+status.json        {state: running | finished | failed, ...}
+log.txt            what the terminal showed
+metrics.jsonl      a line per epoch
+metrics.json       written by `adagc evaluate`
+teacher.safetensors   the trained model, with classes, bands and statistics as metadata
+checkpoints/  tensorboard/
+"""
+
+import json
+import logging
+import sys
+from typing import Any
+
+from safetensors.torch import save_file
+
+from adagc_dist.checkpoint import Checkpoint, CheckpointStore
+from adagc_dist.comm import Comm, first_error_everywhere
+from adagc_dist.config import Config
+from adagc_dist.tracking import NullTracker, RunTracker, Tracker, read_status
+from adagc_dist.trainer import Trainer
+from launch.recipe import dump_config, flatten, load_config
+
+__all__ = ["TEACHER", "RunFolder"]
+
+TEACHER = "teacher.safetensors"
+_MAY_CHANGE = ("data.shards", "data.workers", "optim.epochs", "optim.accumulation", "engine.name", "engine.device")
+
+
+class RunFolder:
+    """The folder ``run.dir`` of one run, as seen by one rank; rank 0 writes."""
+
+    def __init__(self, config: Config, comm: Comm) -> None:
+        self._config, self._comm, self._path = config, comm, config.run_path
+        self.checkpoints = CheckpointStore(self._path / "checkpoints", comm=comm, keep=config.run.keep_checkpoints)
+
+    def claim(self) -> None:
+        """Collective: make the folder, or enter that of the same run to continue it.
+
+        Raises:
+            ValueError: the folder holds a finished run, another run, or something else.
+        """
+        with first_error_everywhere(self._comm):
+            if self._comm.rank == 0:
+                self._check_free()
+                self._path.mkdir(parents=True, exist_ok=True)
+                (self._path / "config.yaml").write_text(dump_config(self._config))
+        self._comm.barrier()
+        self._start_log()
+
+    def tracker(self, resumed: Checkpoint | None) -> Tracker:
+        """Where this rank reports to, continuing after ``resumed``."""
+        if self._comm.rank != 0:
+            return NullTracker()
+        moment: dict[str, Any] = resumed.state()["moment"] if resumed else {"step": 0, "epoch": 0}
+        return RunTracker(self._path, first_step=moment["step"], first_epoch=moment["epoch"])
+
+    def finish(self, trainer: Trainer) -> None:
+        """Write the trained teacher and the final status."""
+        if self._comm.rank == 0:
+            metadata = {name: json.dumps(value) for name, value in trainer.data.items()}
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in trainer.teacher.model.state_dict().items()}
+            partial = self._path / (TEACHER + ".partial")
+            save_file(tensors, partial, metadata=metadata)
+            partial.replace(self._path / TEACHER)
+            moment = trainer.moment
+            trainer.tracker.status(
+                "finished", epochs=moment.epoch, step=moment.step, trigger_epoch=moment.trigger_epoch
+            )
+        trainer.tracker.close()
+
+    def _check_free(self) -> None:
+        if not self._path.exists() or not any(self._path.iterdir()):
+            return
+        name = self._config.run.dir
+        if not (self._path / "config.yaml").is_file():
+            raise ValueError(f"run.dir={name} exists and is no run: name another folder with run.dir=...")
+        self._check_same_run()
+        status = read_status(self._path)
+        if status.get("state") == "finished" and self._config.optim.epochs <= status["epochs"]:
+            raise ValueError(
+                f"run.dir={name} holds a finished run of {status['epochs']} epochs. Name another folder with "
+                f"run.dir=... to train anew, raise optim.epochs to continue this one, or see its results with "
+                f"`adagc evaluate {name}`"
+            )
+
+    def _check_same_run(self) -> None:
+        saved, wanted = flatten(load_config(self._path / "config.yaml")), flatten(self._config)
+        differing = [
+            f"{key}: {saved[key]!r} there, {wanted[key]!r} here"
+            for key in wanted
+            if saved[key] != wanted[key]
+            and key not in _MAY_CHANGE
+            and (not key.startswith("run.") or key == "run.seed")
+        ]
+        if differing:
+            raise ValueError(
+                f"run.dir={self._config.run.dir} holds another run ({'; '.join(differing)}). Name another folder with "
+                f"run.dir=..., or repeat that run's settings to continue it"
+            )
+
+    def _start_log(self) -> None:
+        handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+        if self._comm.rank == 0:
+            handlers.append(logging.FileHandler(self._path / "log.txt"))
+        level = logging.INFO if self._comm.rank == 0 else logging.WARNING
+        logging.basicConfig(
+            level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
+        )

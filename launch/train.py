@@ -1,0 +1,116 @@
+"""`adagc train RECIPE [section.key=value ...]`, and `torchrun ... -m launch.train` with the same arguments: one run on
+one or many ranks.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from adagc_dist.config import Config
+
+__all__ = ["main", "train"]
+
+_EPILOG = """\
+examples:
+  adagc train demo data.shards=shards/demo run.dir=runs/demo
+  adagc train reben_random data.shards=shards/reben run.dir=runs/first --nproc-per-node 8
+  torchrun --nproc-per-node 8 -m launch.train reben_random data.shards=shards/reben run.dir=runs/first
+  adagc train runs/first/config.yaml run.dir=runs/again run.seed=1      (a run's config.yaml is a recipe)
+
+The same command again continues an unfinished run from its newest checkpoint. Watch with: tensorboard --logdir runs
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then train here or in torchrun's ranks. Returns the exit code: 0 done, 1 failed, 2 wrong usage."""
+    arguments = _parser().parse_args(argv)
+    from launch.failure import exit_code
+    from launch.recipe import load_config
+
+    try:
+        config = load_config(arguments.recipe, arguments.overrides)
+    except ValueError as error:
+        print(f"adagc train: {error}", file=sys.stderr)
+        return 2
+    if arguments.nproc_per_node == 1:
+        return exit_code("adagc train", lambda: train(config))
+    from launch.spawn import run_ranks
+
+    code = exit_code("adagc train", lambda: check(config, arguments.nproc_per_node))
+    return code or run_ranks("launch.train", [arguments.recipe, *arguments.overrides], ranks=arguments.nproc_per_node)
+
+
+def check(config: Config, world_size: int) -> None:
+    """What can be known before ranks are started.
+
+    Raises:
+        FileNotFoundError, ValueError: the shards, the bands or the global batch do not fit.
+    """
+    from launch.build import Shards, make_plan
+
+    shards = Shards.open(config)
+    make_plan(config, shards.manifest, world_size, 0)
+
+
+def train(config: Config) -> None:
+    """One rank's whole run.
+
+    Collective: started on every rank of torchrun's world, or alone.
+
+    Raises:
+        FileNotFoundError, ValueError: the data, the model or the run's folder do not fit the configuration.
+    """
+    from launch.build import build_trainer
+    from launch.rundir import RunFolder
+    from launch.world import World, world_context
+
+    world = World.from_env(os.environ)
+    device = world.device(config.engine.device)
+    with world_context(world, device) as comm:
+        check(config, comm.world_size)
+        run = RunFolder(config, comm)
+        run.claim()
+        latest = run.checkpoints.latest()
+        trainer = build_trainer(
+            config, comm=comm, device=device, checkpoints=run.checkpoints, tracker=run.tracker(latest)
+        )
+        if latest is None:
+            trainer.start()
+        else:
+            trainer.resume(latest)
+        trainer.run()
+        run.finish(trainer)
+
+
+class _Help(argparse.Action):
+    """--help with all keys of the configuration."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from launch.recipe import describe_keys
+
+        print(parser.format_help() + "\nkeys (the code's defaults; a recipe sets its own):\n" + describe_keys())
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="adagc train",
+        description="Train a student on single-positive labels: AdaGC, or the baseline that method.name chooses.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument(
+        "recipe", help="a YAML file, or the name of a shipped recipe: demo, reben_random, reben_dominant"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the recipe's")
+    parser.add_argument(
+        "--nproc-per-node", type=int, default=1, metavar="N", help="ranks on this machine, through torchrun (default 1)"
+    )
+    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="this text and all keys")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

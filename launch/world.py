@@ -1,0 +1,93 @@
+"""Where this process stands among all others: read from the environment once, as a pure function of a mapping."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import distributed as dist
+
+from adagc_dist.comm import Comm, SoloComm
+from launch.collectives import TorchComm
+
+__all__ = ["World", "usable_cores", "world_context"]
+
+
+@dataclass(frozen=True)
+class World:
+    """Ranks are numbered over all nodes, local ranks within a node."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> "World":
+        """The place that torchrun gave this process; without torchrun, a world of one.
+
+        Raises:
+            ValueError: some of torchrun's variables are set and others not, or they are no ranks.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        given = [name for name in names if name in env]
+        if not given:
+            return cls(0, 1, 0, 1)
+        missing = [name for name in names if name not in env]
+        if missing:
+            raise ValueError(
+                f"{', '.join(given)} set but {', '.join(missing)} not: start with torchrun, or unset all of them"
+            )
+        try:
+            return cls(*(int(env[name]) for name in names))
+        except ValueError as error:
+            raise ValueError(f"the variables {', '.join(names)} must be numbers: {error}") from error
+
+    def device(self, wanted: str) -> torch.device:
+        """``wanted``: auto, cpu or cuda; auto takes the local rank's GPU where there is one for each local rank.
+
+        Raises:
+            ValueError: cuda is wanted and there are fewer GPUs than local ranks.
+        """
+        gpus = torch.cuda.device_count() if wanted != "cpu" else 0
+        if gpus >= self.local_world_size:
+            return torch.device("cuda", self.local_rank)
+        if wanted == "cuda":
+            raise ValueError(
+                f"engine.device=cuda: {self.local_world_size} rank(s) on this machine but {gpus} usable GPU(s)"
+            )
+        return torch.device("cpu")
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, as bound by Slurm, cgroups' cpusets or taskset."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def world_context(world: World, device: torch.device) -> Iterator[Comm]:
+    """The process group of ``world`` (gloo on CPU, NCCL on GPU) for the time of the context, and threads that share the
+    cores.
+    """
+    threads = max(1, usable_cores() // world.local_world_size)
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    else:
+        torch.cuda.set_device(device)
+    if world.world_size == 1:
+        yield SoloComm()
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=timedelta(minutes=10),
+        device_id=device if device.type == "cuda" else None,  # else barriers may pick another GPU and hang
+    )
+    try:
+        yield TorchComm(device)
+    finally:
+        dist.destroy_process_group()

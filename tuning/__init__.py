@@ -1,0 +1,1 @@
+"""Searches over many runs; the only importer of ray."""
