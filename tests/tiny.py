@@ -1,0 +1,99 @@
+"""A small data set for tests: patches of reBEN's shape that can be learnt from, without a TIFF, and settings to train on them in seconds."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adagc_dist.config import Config
+from launch.recipe import load_config
+from sharding import reben
+from sharding.manifest import Manifest, Member
+from sharding.rng import derive_rng
+from sharding.sample import Place, Sample
+from sharding.sources import Index
+from sharding.writer import write_shards
+
+__all__ = ["TinySource", "rename_class", "tiny_config", "tiny_settings", "write_tiny"]
+
+ROWS_PER_SHARD = 32  # 90 train rows make shards of 32, 32 and 26
+
+
+@dataclass(frozen=True)
+class TinySource:
+    """Patches made up from their number: 1 to 4 classes each, every class a mean per band, noise on top."""
+
+    counts: tuple[int, int, int] = (90, 40, 40)
+    classes: tuple[str, ...] = reben.CLASSES
+    dataset: str = "tiny"
+    members: tuple[Member, ...] = reben.MEMBERS
+
+    def settings(self) -> dict[str, str | int | bool]:
+        return {"counts": str(self.counts)}
+
+    def index(self) -> Index:
+        splits = np.repeat(np.arange(3, dtype=np.int8), self.counts)
+        return Index([f"tiny_{number:04d}" for number in range(len(splits))], splits, self.labels_NC)
+
+    @cached_property
+    def labels_NC(self) -> NDArray[np.bool_]:
+        """Classes in turn, so that each split has all of them, and up to three more."""
+        size, width = sum(self.counts), len(self.classes)
+        labels = derive_rng(0, "labels").random((size, width)) < 1.5 / width
+        labels[np.arange(size), np.arange(size) % width] = True
+        return labels
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        yield
+
+    def read(self, key: str, labels_C: NDArray[np.bool_]) -> Sample:
+        rng = derive_rng(0, "patch", key)
+        share_C = labels_C * rng.uniform(0.2, 1.0, len(labels_C))
+        share_C = (share_C / share_C.sum()).astype(np.float32)
+        spectra = derive_rng(0, "spectra").uniform(500, 4000, (len(self.classes), len(reben.BANDS)))
+        level_D = dict(zip(reben.BANDS, share_C @ spectra))
+        payload = {
+            member.name: np.stack([rng.normal(level_D[band], 200, member.shape[1:]).clip(0, 10_000) for band in member.bands]).astype(np.uint16)
+            for member in self.members
+        }
+        return Sample(key, payload, labels_C, share_C, Place(32633, 600_000.0, 5_300_040.0))
+
+
+def write_tiny(out: Path, source: TinySource | None = None) -> Manifest:
+    """A shard folder of ``source`` (170 patches, 27 MB)."""
+    return write_shards(source or TinySource(), out, samples_per_shard=ROWS_PER_SHARD, workers=0).manifest
+
+
+def tiny_settings(shards: Path, run: Path, *overrides: str) -> list[str]:
+    """Dotted settings of a run that takes a second: the smallest student, 32 pixels, 8 steps an epoch."""
+    return [
+        f"data.shards={shards}",
+        f"run.dir={run}",
+        "data.size=32",
+        "data.workers=0",
+        "model.name=test_resnet",
+        "optim.global_batch=12",
+        "optim.epochs=4",
+        "optim.lr=0.003",
+        "optim.warmup_steps=4",
+        "run.log_every=3",
+        "run.eval_block=16",
+        "engine.device=cpu",
+        *overrides,
+    ]
+
+
+def tiny_config(shards: Path, run: Path, *overrides: str) -> Config:
+    return load_config(None, tiny_settings(shards, run, *overrides))
+
+
+def rename_class(manifest: Manifest, number: int, name: str) -> Manifest:
+    classes = [*manifest.classes]
+    classes[number] = name
+    return dataclasses.replace(manifest, classes=tuple(classes))
