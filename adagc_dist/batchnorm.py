@@ -82,8 +82,9 @@ class SyncedBatchNorm(_BatchNorm):
         mean, variance, total = self._global_statistics(input.float(), axes, count)
         self._track(mean.detach(), variance.detach(), total)
         shape = [1, -1] + [1] * (input.dim() - 2)
-        scale = torch.rsqrt(variance + self.eps) * self.weight
-        normalised = torch.addcmul((self.bias - mean * scale).view(shape), input.float(), scale.view(shape))
+        scale = torch.rsqrt(variance + self.eps) * (self.weight if self.affine else 1.0)
+        offset = (self.bias if self.affine else 0.0) - mean * scale
+        normalised = torch.addcmul(offset.view(shape), input.float(), scale.view(shape))
         return self.after(normalised.to(input.dtype))  # type: ignore[no-any-return]
 
     def _global_statistics(self, x: Tensor, axes: list[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +96,7 @@ class SyncedBatchNorm(_BatchNorm):
         sums = _SumOverRanks.apply(sums, self._comm)
         total = sums[-1].detach()
         first, second = (sums[:-1] / total).chunk(2)
-        return first + shift, second - first.square(), total
+        return first + shift, (second - first.square()).clamp_min(0.0), total  # rounding may take a constant below 0
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, total: Tensor) -> None:

@@ -141,13 +141,15 @@ class RebenTree:
     def read(self, key: str, labels_C: NDArray[np.bool_]) -> Sample:
         folder = self.root / reben.BAND_FOLDER / reben.patch_folder(key)
         payload: dict[str, NDArray[np.uint16] | bytes] = {}
-        places = []
+        place: Place | None = None
         for member in self.members:
             pixels = np.empty(member.shape, dtype=np.uint16)
             for layer, band in enumerate(member.bands):
-                places.append(self._read(key, folder / f"{key}_{band}.tif", pixels[layer]))
+                # all bands share the corner; asking each for its CRS would make reading a tenth slower
+                found = self._read(key, folder / f"{key}_{band}.tif", pixels[layer], locate=band == "B02")
+                place = place or found
             payload[member.name] = pixels
-        return Sample(key, payload, labels_C, self._areas(key), places[0])
+        return Sample(key, payload, labels_C, self._areas(key), place)
 
     def _areas(self, key: str) -> NDArray[np.float32] | None:
         """float32 [C], or None where there is no reference map."""
@@ -163,16 +165,16 @@ class RebenTree:
                 key, str(path.relative_to(self.root)), f"{error}: is this a reBEN reference map?"
             ) from error
 
-    def _read(self, key: str, path: Path, out_HW: NDArray[np.uint16]) -> Place | None:
+    def _read(self, key: str, path: Path, out_HW: NDArray[np.uint16], *, locate: bool = False) -> Place | None:
         try:
-            return _read_band(path, out_HW)
+            return _read_band(path, out_HW, locate=locate)
         except ValueError as error:
             # relative to the root, so that the list of skipped patches does not depend on where the tree lies
             raise PatchError(key, str(path.relative_to(self.root)), str(error)) from error
 
 
-def _read_band(path: Path, out_HW: NDArray[np.uint16]) -> Place | None:
-    """Read one band at its native size into ``out_HW``; returns where its upper left corner lies.
+def _read_band(path: Path, out_HW: NDArray[np.uint16], *, locate: bool) -> Place | None:
+    """Read one band at its native size into ``out_HW``; returns, if asked and known, where its upper left corner lies.
 
     Raises:
         ValueError: no such file, another size or type than expected, or a damaged file (GDAL reports strips cut short).
@@ -184,7 +186,7 @@ def _read_band(path: Path, out_HW: NDArray[np.uint16]) -> Place | None:
             if found != expected:
                 raise ValueError(f"has {found}; expected {expected}")
             tiff.read(1, out=out_HW)
-            epsg = tiff.crs.to_epsg() if tiff.crs else None
+            epsg = tiff.crs.to_epsg() if locate and tiff.crs else None
             return Place(epsg, tiff.transform.c, tiff.transform.f) if epsg else None
     except (RasterioError, OSError) as error:
         if not path.exists():

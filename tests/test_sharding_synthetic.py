@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,8 +37,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def rows_of(root: Path) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = pq.read_table(root / reben.METADATA).to_pylist()
+def rows_of(root: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(root / reben.METADATA).to_pylist()
     return rows
 
 

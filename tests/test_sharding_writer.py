@@ -14,10 +14,12 @@ import pytest
 import rasterio
 import webdataset
 import xxhash
+from numpy.typing import NDArray
 
 from sharding import reben
 from sharding.manifest import SPLITS, file_digest, load_manifest, load_table
 from sharding.partial import Partial
+from sharding.sample import Sample
 from sharding.sources import PatchError, RebenTree
 from sharding.synthetic import write_tree
 from sharding.writer import REPORT_JSON, Outcome, write_shards
@@ -273,7 +275,7 @@ def test_what_an_unfinished_run_skipped_is_not_taken_over_by_one_that_stops(tree
     hidden = next(iter(tree.glob("BigEarthNet-S2/*/*/*_B12.tif")))
 
     class Interrupted(RebenTree):
-        def read(self, key: str, labels_C: np.ndarray) -> object:  # type: ignore[override]
+        def read(self, key: str, labels_C: NDArray[np.bool_]) -> Sample:
             if len(list((out / ".partial").glob("*.parquet"))) == 5:
                 raise KeyboardInterrupt
             return super().read(key, labels_C)
