@@ -13,6 +13,10 @@ from adagc_dist.config import ModelConfig
 
 __all__ = ["create_student", "set_prior_bias"]
 
+_REMEDY = (
+    " (without a network: fetch the weights elsewhere and name the file, model.pretrained=/path/model.safetensors)"
+)
+
 
 def create_student(config: ModelConfig, *, num_bands: int, num_classes: int, seed: int) -> nn.Module:
     """A timm model with ``num_bands`` inputs and ``num_classes`` logits; weights not loaded are a function of ``seed``.
@@ -31,7 +35,9 @@ def create_student(config: ModelConfig, *, num_bands: int, num_classes: int, see
             )
         except (TypeError, RuntimeError, OSError, AssertionError) as error:
             raise ValueError(
-                f"model.name={config.name}, pretrained={config.pretrained}, kwargs={config.kwargs}: {error}"
+                f"model.name={config.name}, pretrained={config.pretrained}, kwargs={config.kwargs}: {error}{_REMEDY}"
+                if config.pretrained
+                else f"model.name={config.name}, kwargs={config.kwargs}: {error}"
             ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model.name={config.name} is no network")

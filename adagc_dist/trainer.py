@@ -17,7 +17,7 @@ from adagc_dist.meter import Meter
 from adagc_dist.methods import Method, Phase
 from adagc_dist.schedule import learning_rate
 from adagc_dist.teacher import EmaTeacher
-from adagc_dist.tracking import Tracker
+from adagc_dist.tracking import NullTracker, Tracker
 from adagc_dist.validate import Validation, Validator
 from sharding.loader import Batch, ShardLoader
 from sharding.plan import EpochPlan
@@ -63,11 +63,12 @@ class Trainer:
     validator: Validator
     detector: EarlyLearningDetector
     checkpoints: CheckpointStore
-    tracker: Tracker
     plan: Callable[[int], EpochPlan]
     data: Mapping[str, Any]
     """What a checkpoint must agree with to be resumed: classes, bands, digest of the shards."""
     moment: Moment = field(default_factory=Moment)
+    tracker: Tracker = field(default_factory=NullTracker)
+    """Silent until the run's folder has been claimed."""
 
     def __post_init__(self) -> None:
         self._meter = Meter(self.engine.device, self.comm)
@@ -167,7 +168,7 @@ class Trainer:
         if self.config.detector.rewind and best_epoch != epoch:
             self.moment.best_epoch = best_epoch
             self._load_learned(self.checkpoints.of_epoch(best_epoch))
-            log.info("rewound weights, optimiser and prediction averages to epoch %d", best_epoch)
+            log.info("rewound weights, optimiser and prediction averages to the end of epoch %d", best_epoch + 1)
 
     def _load_learned(self, checkpoint: Checkpoint) -> None:
         """Collective: student, teacher, optimiser and store values of ``checkpoint``; rows go home to the next epoch's
@@ -208,7 +209,8 @@ class Trainer:
         self.tracker.epoch(
             {"epoch": epoch, "step": self.moment.step, "phase": phase, "trigger": verdict.fired} | values
         )
-        log.info("%s | %s", _summary(epoch, self.config.optim.epochs, phase, values), verdict.reason)
+        detector = f" | {verdict.reason}" if self.moment.trigger_epoch is None else ""
+        log.info("%s%s", _summary(epoch, self.config.optim.epochs, phase, values), detector)
 
     @contextmanager
     def _progress(self, plan: EpochPlan) -> Iterator[Callable[[int], None]]:

@@ -19,7 +19,6 @@ from adagc_dist.pixels import Pixels
 from adagc_dist.predict import SplitScorer
 from adagc_dist.spml import observe
 from adagc_dist.teacher import EmaTeacher, momentum_for_lag
-from adagc_dist.tracking import Tracker
 from adagc_dist.trainer import Trainer
 from adagc_dist.validate import Validator
 from launch.engines import DdpEngine
@@ -100,9 +99,7 @@ def make_scorer(shards: Shards, table: LabelTable, pixels: Pixels, *, comm: Comm
     )
 
 
-def build_trainer(
-    config: Config, *, comm: Comm, device: torch.device, checkpoints: CheckpointStore, tracker: Tracker
-) -> Trainer:
+def build_trainer(config: Config, *, comm: Comm, device: torch.device, checkpoints: CheckpointStore) -> Trainer:
     """All parts of a run, put together; nothing is trained or written yet.
 
     Raises:
@@ -140,7 +137,6 @@ def build_trainer(
         ),
         detector=_detector(config),
         checkpoints=checkpoints,
-        tracker=tracker,
         plan=plan,
         data=shards.identity(),
     )  # fmt: skip

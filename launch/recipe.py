@@ -118,14 +118,32 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     section, dot, key = name.strip().partition(".")
     if not dot:
         raise ValueError(f"override {override!r} names no section: {_nearest(name, _known())}")
-    value: Any = yaml.safe_load(text) if text else ""
-    if name == "data.bands" and isinstance(value, str):
-        value = [band.strip() for band in value.split(",")]
+    value = _value(section, key, text)
     subkey, inner, rest = key.partition(".")
     if inner and f"{section}.{subkey}" == "model.kwargs":  # model.kwargs.img_size=120
         tree.setdefault(section, {}).setdefault(subkey, {})[rest] = value
     else:
         tree.setdefault(section, {})[key] = value
+
+
+def _value(section: str, key: str, text: str) -> Any:
+    """An override's value: YAML, but a name is taken as it stands (run.dir=2024-06-01 is a folder and no date).
+
+    Raises:
+        ValueError: it is no YAML.
+    """
+    types = (
+        {field.name: field.type for field in dataclasses.fields(_sections()[section])} if section in _sections() else {}
+    )
+    if types.get(key) is str or not text:
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{section}.{key}={text} is no YAML value: {' '.join(str(error).split())}") from error
+    if (section, key) == ("data", "bands") and isinstance(value, str):
+        return [band.strip() for band in value.split(",")]
+    return value
 
 
 def _check_keys(tree: Mapping[str, Mapping[str, Any]]) -> None:

@@ -36,8 +36,8 @@ class RunFolder:
         self._config, self._comm, self._path = config, comm, config.run_path
         self.checkpoints = CheckpointStore(self._path / "checkpoints", comm=comm, keep=config.run.keep_checkpoints)
 
-    def claim(self) -> None:
-        """Collective: make the folder, or enter that of the same run to continue it.
+    def check(self) -> None:
+        """Collective: may this run use the folder? Writes nothing.
 
         Raises:
             ValueError: the folder holds a finished run, another run, or something else.
@@ -45,6 +45,11 @@ class RunFolder:
         with first_error_everywhere(self._comm):
             if self._comm.rank == 0:
                 self._check_free()
+
+    def claim(self) -> None:
+        """Collective: make the folder, or enter that of the same run to continue it; the log starts."""
+        with first_error_everywhere(self._comm):
+            if self._comm.rank == 0:
                 self._path.mkdir(parents=True, exist_ok=True)
                 (self._path / "config.yaml").write_text(dump_config(self._config))
         self._comm.barrier()
@@ -77,6 +82,8 @@ class RunFolder:
         name = self._config.run.dir
         if not (self._path / "config.yaml").is_file():
             raise ValueError(f"run.dir={name} exists and is no run: name another folder with run.dir=...")
+        if self.checkpoints.latest() is None:  # nothing was learnt there yet: a start that failed may be mended
+            return
         self._check_same_run()
         status = read_status(self._path)
         if status.get("state") == "finished" and self._config.optim.epochs <= status["epochs"]:

@@ -70,11 +70,11 @@ def train(config: Config) -> None:
     with world_context(world, device) as comm:
         check(config, comm.world_size)
         run = RunFolder(config, comm)
-        run.claim()
+        run.check()
+        trainer = build_trainer(config, comm=comm, device=device, checkpoints=run.checkpoints)
+        run.claim()  # only now: what cannot be built leaves no folder behind
         latest = run.checkpoints.latest()
-        trainer = build_trainer(
-            config, comm=comm, device=device, checkpoints=run.checkpoints, tracker=run.tracker(latest)
-        )
+        trainer.tracker = run.tracker(latest)
         if latest is None:
             trainer.start()
         else:
