@@ -159,8 +159,9 @@ class CheckpointStore:
                 shutil.rmtree(checkpoint.path)
 
     def _complete(self) -> list[Checkpoint]:
-        markers = sorted(self._root.glob(f"epoch-*/{_MARKER}"))
-        return [Checkpoint(marker.parent, int(marker.parent.name.removeprefix("epoch-"))) for marker in markers]
+        folders = [marker.parent for marker in self._root.glob(f"epoch-*/{_MARKER}")]
+        found = [Checkpoint(folder, int(folder.name.removeprefix("epoch-"))) for folder in folders]
+        return sorted(found, key=lambda checkpoint: checkpoint.epoch)
 
 
 def _fresh_directory(path: Path) -> None:

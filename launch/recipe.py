@@ -132,10 +132,9 @@ def _value(section: str, key: str, text: str) -> Any:
     Raises:
         ValueError: it is no YAML.
     """
-    types = (
-        {field.name: field.type for field in dataclasses.fields(_sections()[section])} if section in _sections() else {}
-    )
-    if types.get(key) is str or not text:
+    kind = _sections().get(section)
+    is_name = kind is not None and any(field.name == key and field.type is str for field in dataclasses.fields(kind))
+    if is_name or not text:
         return text
     try:
         value = yaml.safe_load(text)

@@ -145,7 +145,7 @@ class RebenTree:
         for member in self.members:
             pixels = np.empty(member.shape, dtype=np.uint16)
             for layer, band in enumerate(member.bands):
-                # all bands share the corner; asking each for its CRS would make reading a tenth slower
+                # all bands share the corner, and a CRS takes GDAL longer than the pixels
                 found = self._read(key, folder / f"{key}_{band}.tif", pixels[layer], locate=band == "B02")
                 place = place or found
             payload[member.name] = pixels

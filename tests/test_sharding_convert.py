@@ -226,30 +226,31 @@ def shards_in(out: Path) -> int:
 def test_sigkill_at_any_moment_then_the_same_bytes(whole_tree: Path, tmp_path: Path) -> None:
     expected, out = tmp_path / "expected", tmp_path / "shards"
     write_shards(RebenTree(whole_tree), expected, samples_per_shard=5, workers=0)
-    moments: list[Callable[[], bool]] = [
-        lambda: any((out / ".partial").glob("*.tar.*")),  # within the first shard
-        lambda: shards_in(out) >= 2,  # two shards have their names, others are under way
-        lambda: shards_in(out) >= 9 and any((out / ".partial").glob("*.tar.*")),
-    ]
-    for moment in moments:
-        with start(whole_tree, out) as process:
-            wait_for(process, moment)
-            os.killpg(process.pid, signal.SIGKILL)
-        assert not (out / "manifest.json").exists()
-        for path in out.glob("*.tar"):  # whatever has its final name is whole
-            assert path.read_bytes() == (expected / path.name).read_bytes()
+    with start(whole_tree, out) as process:
+        wait_for(process, lambda: any((out / ".partial").glob("*.tar.*")))  # within the first shard
+        os.killpg(process.pid, signal.SIGKILL)
+    check_unfinished(out, expected)
+    with start(whole_tree, out) as process:
+        wait_for(process, lambda: shards_in(out) >= 3)
+        process.kill()  # the parent alone: its workers have to notice
+        end = time.monotonic() + 10
+        while members_of_group(process.pid) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not members_of_group(process.pid)
+    check_unfinished(out, expected)
+    with start(whole_tree, out) as process:
+        wait_for(process, lambda: shards_in(out) >= 12)
+        os.killpg(process.pid, signal.SIGKILL)
+    check_unfinished(out, expected)
     write_shards(RebenTree(whole_tree), out, samples_per_shard=5, workers=0)
     assert digests(out) == digests(expected)
 
 
-def test_sigkill_of_the_parent_ends_the_workers(whole_tree: Path, tmp_path: Path) -> None:
-    with start(whole_tree, tmp_path / "out") as process:
-        wait_for(process, lambda: shards_in(tmp_path / "out") >= 1)
-        process.kill()
-        end = time.monotonic() + 10
-        while members_of_group(process.pid) and time.monotonic() < end:
-            time.sleep(0.05)
-        assert not members_of_group(process.pid)
+def check_unfinished(out: Path, expected: Path) -> None:
+    """No manifest, and whatever has its final name is whole."""
+    assert not (out / "manifest.json").exists()
+    for path in out.glob("*.tar"):
+        assert path.read_bytes() == (expected / path.name).read_bytes()
 
 
 def test_a_worker_that_dies_is_an_error(whole_tree: Path, tmp_path: Path) -> None:

@@ -267,17 +267,3 @@ def test_index_at_true_size(tmp_path: Path) -> None:
     assert len(index.keys) == 549_488
     assert np.bincount(index.splits_N).tolist() == [272_544, 139_577, 137_367]
     assert index.labels_NC.sum() / len(index.keys) == pytest.approx(2.95, abs=0.05)
-
-
-@needs_data
-@pytest.mark.parametrize(("name", "patches", "maps"), [("reben_mini", 16, 0), ("reben_composites", 120, 120)])
-def test_real_trees(name: str, patches: int, maps: int) -> None:
-    source = RebenTree(SHARED / name)
-    index = source.index()
-    with source.session():
-        samples = [source.read(key, labels_C) for key, labels_C in zip(index.keys, index.labels_NC)]
-    assert len(samples) == patches
-    covered = [(s.coverage_C > 0, s.labels_C) for s in samples if s.coverage_C is not None]
-    assert len(covered) == maps
-    assert all(np.array_equal(areas, labels) for areas, labels in covered)
-    assert all(sample.place is not None for sample in samples)

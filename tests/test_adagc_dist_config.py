@@ -1,0 +1,94 @@
+"""The configuration checks itself when it is built: ranges, and the bounds on the warm-up."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adagc_dist.config import (
+    BANDS,
+    Config,
+    DataConfig,
+    DetectorConfig,
+    MethodConfig,
+    OptimConfig,
+    RunConfig,
+)
+from sharding import reben
+
+
+def config(**sections: Any) -> Config:
+    return Config(**({"data": DataConfig(shards="shards"), "run": RunConfig(dir="run")} | sections))
+
+
+def test_the_defaults_are_valid() -> None:
+    assert config().optim == OptimConfig()
+    assert config().run_path == Path("run")
+
+
+def test_the_default_bands_are_all_of_reben() -> None:
+    assert BANDS == reben.BANDS
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (DataConfig, {"size": 0}, r"data\.size=0 must be positive"),
+        (DataConfig, {"workers": -1}, r"data\.workers=-1 must not be negative"),
+        (MethodConfig, {"prediction_momentum": 1.1}, r"method\.prediction_momentum=1\.1 must lie in \[0, 1\]"),
+        (MethodConfig, {"teacher_weight": -0.1}, r"method\.teacher_weight=-0\.1 must lie in \[0, 1\]"),
+        (MethodConfig, {"pseudo_threshold": 2.0}, r"method\.pseudo_threshold=2\.0 must lie in \[0, 1\]"),
+        (MethodConfig, {"teacher_momentum": 1.0}, r"method\.teacher_momentum=1\.0 must lie in \[0, 1\)"),
+        (MethodConfig, {"teacher_momentum": float("nan")}, r"method\.teacher_momentum=nan must lie in"),
+        (MethodConfig, {"teacher_lag": 0.0}, r"method\.teacher_lag=0\.0 must be positive"),
+        (MethodConfig, {"gc_weight": -3.0}, r"method\.gc_weight=-3\.0 must not be negative"),
+        (MethodConfig, {"mixup_alpha": -1.0}, r"method\.mixup_alpha=-1\.0 must not be negative"),
+        (DetectorConfig, {"min_epochs": 0}, r"detector\.min_epochs=0 must be at least 1"),
+        (DetectorConfig, {"patience": 0}, r"detector\.patience=0 must be at least 1"),
+        (OptimConfig, {"epochs": 0}, r"optim\.epochs=0 must be at least 1"),
+        (OptimConfig, {"global_batch": 0}, r"optim\.global_batch=0 must be at least 1"),
+        (OptimConfig, {"accumulation": 0}, r"optim\.accumulation=0 must be at least 1"),
+        (OptimConfig, {"lr": -1e-3}, r"optim\.lr=-0\.001 must not be negative"),
+        (OptimConfig, {"clip_norm": float("nan")}, r"optim\.clip_norm=nan must not be negative"),
+        (RunConfig, {"log_every": 0}, r"run\.log_every=0 must be at least 1"),
+        (RunConfig, {"keep_checkpoints": 0}, r"run\.keep_checkpoints=0 must be at least 1"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(section: type, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        section(**values)
+
+
+def test_what_a_run_cannot_do_without() -> None:
+    with pytest.raises(ValueError, match=r"data\.shards is not set: the folder that `adagc shard` wrote"):
+        config(data=DataConfig())
+    with pytest.raises(ValueError, match=r"run\.dir is not set: a folder for this run"):
+        config(run=RunConfig())
+
+
+def test_it_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config().optim.lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "detector", "shortest", "longest"),
+    [
+        (60, DetectorConfig(), 3, 24),
+        (5, DetectorConfig(), 2, 2),  # the minimum gives way to 0.4 of the epochs
+        (1, DetectorConfig(), 1, 1),
+        (20, DetectorConfig(min_epochs=4, max_epochs=6), 4, 6),
+        (20, DetectorConfig(min_epochs=7, max_epochs=6), 6, 6),
+    ],
+)
+def test_bounds_of_the_warm_up(epochs: int, detector: DetectorConfig, shortest: int, longest: int) -> None:
+    built = config(optim=OptimConfig(epochs=epochs), detector=detector)
+    assert (built.shortest_warmup, built.longest_warmup) == (shortest, longest)
+
+
+def test_a_warm_up_longer_than_the_paper_allows_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"detector\.max_epochs=9 is more than 0\.4 of optim\.epochs=20: set it to 8 or less"):
+        config(optim=OptimConfig(epochs=20), detector=DetectorConfig(max_epochs=9))
+    fixed = DetectorConfig(rule="fixed", min_epochs=9, max_epochs=9)  # who names the epoch means it
+    assert config(optim=OptimConfig(epochs=20), detector=fixed).detector.min_epochs == 9
