@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Comm", "Engine", "SoloComm", "first_error_everywhere"]
+__all__ = ["Comm", "Engine", "PeerError", "SoloComm", "first_error_everywhere"]
 
 T = TypeVar("T")
 
@@ -77,6 +77,10 @@ class Engine(Protocol):
         """Set the optimiser's state, as ``state`` returned it."""
 
 
+class PeerError(RuntimeError):
+    """Another rank failed; that rank tells the user why."""
+
+
 class SoloComm:
     """One process, no peers."""
 
@@ -103,7 +107,7 @@ class SoloComm:
 def first_error_everywhere(comm: Comm) -> Iterator[None]:
     """Collective: if the body fails on any rank, every rank raises; so no rank is left waiting for one that has gone.
 
-    The rank that failed raises its own error, the others a RuntimeError that quotes the first one. The body must not
+    The rank that failed raises its own error, the others a PeerError that quotes the first one. The body must not
     hold collectives.
     """
     error: Exception | None = None
@@ -116,4 +120,4 @@ def first_error_everywhere(comm: Comm) -> Iterator[None]:
         raise error
     failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
     if failed:
-        raise RuntimeError(f"rank {failed[0][0]} failed: {failed[0][1]}")
+        raise PeerError(f"rank {failed[0][0]} failed: {failed[0][1]}")

@@ -1,7 +1,7 @@
 """Scores of a whole split, in fixed blocks dealt to the ranks: the same digits for any number of ranks."""
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,8 @@ class SplitScorer:
     ) -> NDArray[np.float32]:
         """float32 [N, C]: the model's probabilities for rows 0..N-1, the same array on every rank.
 
-        Collective: one all-gather at the end. Each block is one batch whichever rank computes it.
+        Collective: one all-gather at the end. Each block is one batch whichever rank computes it, and on a CPU by one
+        thread: how many threads share a sum decides its last digits. More ranks make it faster.
         """
         model.eval()
         blocks = evaluation_blocks(self._num_rows, self._block, rank=self._comm.rank, world_size=self._comm.world_size)
@@ -49,11 +50,12 @@ class SplitScorer:
             for number, (start, stop) in enumerate(blocks)
         ]
         parts = []
-        for batch in progress(self._loader.read(slots)):
-            images = self._pixels(batch.to(self._device).groups)
-            with self._autocast():
-                logits_BC = model(images)
-            parts.append(logits_BC.float().sigmoid())
+        with _one_thread() if self._device.type == "cpu" else nullcontext():
+            for batch in progress(self._loader.read(slots)):
+                images = self._pixels(batch.to(self._device).groups)
+                with self._autocast():
+                    logits_BC = model(images)
+                parts.append(logits_BC.float().sigmoid())
         return self._assemble(parts)
 
     def _assemble(self, parts: list[Tensor]) -> NDArray[np.float32]:
@@ -66,3 +68,13 @@ class SplitScorer:
             local[number, : len(part)] = part
         gathered = torch.stack(self._comm.all_gather(local), dim=1)  # [rounds, R, block, C]: block b = (b // R, b % R)
         return gathered.flatten(0, 2)[: self._num_rows].cpu().numpy()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

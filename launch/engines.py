@@ -34,7 +34,7 @@ class DdpEngine:
         self._optimizer = torch.optim.AdamW(
             _groups(student, config.optim.weight_decay), lr=config.optim.lr, foreach=True
         )
-        self._rows_of_step = 0
+        self._rows_of_step, self._micro_batches_of_step = 0, 0
 
     @property
     def student(self) -> nn.Module:
@@ -46,14 +46,15 @@ class DdpEngine:
 
     def forward(self, images: Tensor) -> Tensor:
         self._rows_of_step += len(images)
+        self._micro_batches_of_step += 1
         self._student.train()
-        with self.autocast():
+        with self.autocast(), nullcontext() if self._is_last else self._gradients_stay_local():
             logits: Tensor = self._wrapped(images)
         return logits.float()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        with self._gradients_stay_local() if not last else nullcontext():
-            (loss * self._comm.world_size).backward()  # type: ignore[no-untyped-call]
+        assert last == self._is_last, "DDP settles in the forward pass whether the backward pass exchanges gradients"
+        (loss * self._comm.world_size).backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr: float) -> Tensor:
         for group in self._optimizer.param_groups:
@@ -64,7 +65,7 @@ class DdpEngine:
         self._optimizer.zero_grad(set_to_none=True)
         if not self._synced:
             average_statistics(self._batchnorms, float(self._rows_of_step), self._comm)
-        self._rows_of_step = 0
+        self._rows_of_step, self._micro_batches_of_step = 0, 0
         return norm
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -87,6 +88,10 @@ class DdpEngine:
             # AdamW keeps its step count on the host: no sync to read it
             device = "cpu" if key == "step" else parameter.device
             self._optimizer.state[parameter][key] = value.to(device).clone()
+
+    @property
+    def _is_last(self) -> bool:
+        return self._micro_batches_of_step == self._config.accumulation
 
     @contextmanager
     def _gradients_stay_local(self) -> Iterator[None]:

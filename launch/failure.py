@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from adagc_dist.comm import PeerError
+
 __all__ = ["exit_code"]
 
 
@@ -22,6 +24,8 @@ def exit_code(command: str, work: Callable[[], None]) -> int:
         return 1
     except OSError as error:
         print(f"{command}: rank {rank}: {error}", file=sys.stderr)
+        return 1
+    except PeerError:  # told by the rank it happened on
         return 1
     except KeyboardInterrupt:
         return 130

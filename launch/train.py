@@ -79,7 +79,11 @@ def train(config: Config) -> None:
             trainer.start()
         else:
             trainer.resume(latest)
-        trainer.run()
+        try:
+            trainer.run()
+        except Exception as error:
+            trainer.tracker.status("failed", step=trainer.moment.step, reason=f"{type(error).__name__}: {error}")
+            raise
         run.finish(trainer)
 
 

@@ -32,7 +32,9 @@ class Progress:
     def __enter__(self) -> "Progress":
         self._start = self._last = time.monotonic()
         if self._stream.isatty():
-            self._bar = tqdm(total=self._total, desc=self._name, unit=self._unit, file=self._stream, smoothing=0.05)
+            self._bar = tqdm(
+                total=self._total, desc=self._name, unit=f" {self._unit}", file=self._stream, smoothing=0.05
+            )
         return self
 
     def __exit__(

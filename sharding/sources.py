@@ -113,8 +113,7 @@ class RebenTree:
         Raises:
             FileNotFoundError: no such tree, no metadata, no band folder.
             ValueError: metadata with missing columns, an unknown class or split, a patch without labels, given twice,
-            or
-                whose id names no place in a tile.
+                or whose id names no place in a tile.
         """
         if not self.root.is_dir():
             raise FileNotFoundError(

@@ -222,10 +222,10 @@ def save_on_a_full_disk(comm: Comm, root: Path, failing: int) -> str:
 def test_if_a_rank_cannot_write_all_ranks_raise_and_nothing_is_complete(tmp_path: Path, failing: int) -> None:
     own = "OSError: [Errno 28] No space left on device"
     told = run_threads(3, lambda comm: save_on_a_full_disk(comm, tmp_path, failing))
-    assert told == [own if rank == failing else f"RuntimeError: rank {failing} failed: {own}" for rank in range(3)]
+    assert told == [own if rank == failing else f"PeerError: rank {failing} failed: {own}" for rank in range(3)]
     assert CheckpointStore(tmp_path, comm=SoloComm(), keep=1).latest() is None
 
 
 def test_if_a_real_rank_cannot_write_all_real_ranks_raise(tmp_path: Path) -> None:
     own = "OSError: [Errno 28] No space left on device"
-    assert run_ranks(2, save_on_a_full_disk, tmp_path, 1) == [f"RuntimeError: rank 1 failed: {own}", own]
+    assert run_ranks(2, save_on_a_full_disk, tmp_path, 1) == [f"PeerError: rank 1 failed: {own}", own]
