@@ -63,8 +63,8 @@ class SpmlConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     name: str = "resnet50"
-    """Any timm model, e.g. resnet18, convnextv2_base, or vit_base_patch16_224 with data.size=112 model.kwargs.img_size=112
-    (patches of 16 pixels do not divide 120)."""
+    """Any timm model, e.g. resnet18, convnextv2_base, or vit_base_patch16_224 with data.size=112
+    model.kwargs.img_size=112 (patches of 16 pixels do not divide 120)."""
     pretrained: str | None = None
     """Weights to start from: null (random), `timm` (the model's own), a Hugging Face hub name `org/name`, or a local
     file.

@@ -123,8 +123,8 @@ class PatchReader:
         if count != out.nbytes:
             shard = self.manifest.shards[int(self.table.shard_N[row])]
             raise ReadError(
-                f"{self.manifest.root / shard.name} ends early: {count} of {out.nbytes} bytes of {self.table.keys[row]} "
-                f"at offset {offset}. The shard is truncated ({shard.bytes} bytes in the manifest): "
+                f"{self.manifest.root / shard.name} ends early: {count} of {out.nbytes} bytes of "
+                f"{self.table.keys[row]} at offset {offset}. The shard is truncated ({shard.bytes} bytes in the manifest): "
                 "copy or make it again"
             )
 

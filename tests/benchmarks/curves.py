@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def draw(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """SVG text: one colour per run, full lines for the true mAP, dashed for the noisy one, a vertical line at the trigger."""
+    """SVG text: a colour per run, full lines for the true mAP, dashed for the noisy one, upright at the trigger."""
     epochs = max(len(lines) for lines in runs.values())
     top = 0.1 * (1 + int(10 * max(line[key] for lines in runs.values() for line in lines for key, _, _ in SERIES)))
     parts = [*_grid(epochs, top)]
@@ -46,7 +46,8 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> str:
     parts += _legend(entries)
     body = "\n".join(parts)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="12">\n'
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>\n{body}\n</svg>\n'
     )
 
