@@ -124,8 +124,8 @@ class PatchReader:
             shard = self.manifest.shards[int(self.table.shard_N[row])]
             raise ReadError(
                 f"{self.manifest.root / shard.name} ends early: {count} of {out.nbytes} bytes of "
-                f"{self.table.keys[row]} at offset {offset}. The shard is truncated ({shard.bytes} bytes in the manifest): "
-                "copy or make it again"
+                f"{self.table.keys[row]} at offset {offset}. The shard is truncated "
+                f"({shard.bytes} bytes in the manifest): copy or make it again"
             )
 
     def _file(self, number: int) -> int:
