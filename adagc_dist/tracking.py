@@ -3,6 +3,7 @@ alone.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +48,7 @@ class RunTracker:
     """Files under the run's folder: tensorboard/, metrics.jsonl, status.json.
 
     Args:
-        first_step: the global step this process starts from; TensorBoard drops later points of an earlier process.
+        first_step: the steps done before this process; TensorBoard drops later points of an earlier process.
         first_epoch: lines of metrics.jsonl from this epoch on are dropped likewise.
     """
 
@@ -56,7 +57,7 @@ class RunTracker:
 
         self._run = run
 
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None)
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
         self._lines = run / "metrics.jsonl"
         _keep_lines(self._lines, first_epoch)
 
@@ -98,5 +99,13 @@ def read_status(run: Path) -> dict[str, Any]:
 def _keep_lines(path: Path, first_epoch: int) -> None:
     if not path.is_file():
         return
-    lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["epoch"] < first_epoch]
+    lines = [line for line in path.read_text().splitlines() if _epoch_of(line) < first_epoch]
     path.write_text("".join(line + "\n" for line in lines))
+
+
+def _epoch_of(line: str) -> float:
+    """The epoch of a line; a line that a crash cut short is the last one, of an epoch that comes again."""
+    try:
+        return float(json.loads(line)["epoch"])
+    except ValueError:
+        return math.inf

@@ -34,7 +34,9 @@ __all__ = ["RankError", "Ranks", "ThreadComm", "run_ranks", "run_threads"]
 T = TypeVar("T")
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["torch", "timm", "pytest", "hypothesis", "launch.build", "launch.train"])
+_FORKSERVER.set_forkserver_preload(
+    ["torch", "timm", "torch.utils.tensorboard", "pytest", "hypothesis", "launch.build", "launch.train"]
+)
 
 
 class RankError(AssertionError):

@@ -69,7 +69,7 @@ def test_kwargs_reach_timm() -> None:
     ("options", "message"),
     [
         ({"name": "resnet5000"}, "model.name='resnet5000' is no timm model"),
-        ({"pretrained": "nowhere/weights.safetensors"}, "model.pretrained=nowhere/weights.safetensors: there is no such file"),
+        ({"pretrained": "nowhere/w.safetensors"}, "model.pretrained=nowhere/w.safetensors: there is no such file"),
         ({"kwargs": {"no_such_option": 1}}, "no_such_option"),
     ],
 )  # fmt: skip

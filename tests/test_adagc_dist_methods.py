@@ -1,0 +1,177 @@
+"""The methods' losses against the formulas in float64, and what a step may not touch."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adagc_dist.comm import SoloComm
+from adagc_dist.config import Config, DataConfig, MethodConfig, RunConfig
+from adagc_dist.feed import TrainingBatch
+from adagc_dist.methods import Phase, make_method
+from adagc_dist.methods.adagc import AdaGC
+from adagc_dist.teacher import EmaTeacher
+from launch.engines import DdpEngine
+
+CPU = torch.device("cpu")
+B, C, GLOBAL = 6, 4, 20
+ROWS = np.array([4, 9, 0, 7, 3, 1], dtype=np.int32)
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def batch(lambdas: Tensor | None = None) -> TrainingBatch:
+    observed = torch.zeros(B, C)
+    observed[torch.arange(B), torch.arange(B) % C] = 1
+    return TrainingBatch(
+        rows=ROWS,
+        images=random(B, 3, 8, 8, seed=1) * 4 - 2,
+        observed_BC=observed,
+        labels_BC=(observed > 0) | (random(B, C, seed=2) > 0.6),
+        mate_B=torch.tensor([1, 0, 3, 2, 5, 4]),
+        lambda_B=random(3, seed=3).repeat_interleave(2) / 2 + 0.5 if lambdas is None else lambdas,
+        num_global=GLOBAL,
+    )
+
+
+def parts(**settings: Any) -> tuple[Any, DdpEngine, EmaTeacher]:
+    """A method on a small student with BatchNorm and dropout, so that its mode can be told from its output."""
+    torch.manual_seed(0)
+    student = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, C)
+    )
+    config = Config(data=DataConfig(shards="s"), run=RunConfig(dir="r"), method=MethodConfig(**settings))
+    engine = DdpEngine(student, config, comm=SoloComm(), device=CPU)
+    teacher = EmaTeacher(student, momentum=0.9)
+    with torch.no_grad():
+        for parameter in teacher.model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    method = make_method(config.method, engine=engine, teacher=teacher, comm=SoloComm(), num_rows=12, num_classes=C)
+    if method.store is not None:
+        method.store.home(np.arange(12, dtype=np.int32))
+    return method, engine, teacher
+
+
+def bce(p: np.ndarray, y: np.ndarray) -> float:
+    return float((-y * np.log(p) - (1 - y) * np.log(1 - p)).sum() / (C * GLOBAL))
+
+
+def numpy_of(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+def training_output(engine: DdpEngine, images: Tensor) -> np.ndarray:
+    return numpy_of(engine.forward(images).sigmoid())
+
+
+def clean(model: nn.Module, images: Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return numpy_of(model.eval()(images).sigmoid())
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_assume_negative_is_cross_entropy_with_the_observed_labels() -> None:
+    method, engine, _ = parts(name="an")
+    losses = method.losses(batch(), Phase.WARMUP)
+    expected = bce(training_output(engine, batch().images), numpy_of(batch().observed_BC))
+    assert losses.total.item() == pytest.approx(expected, rel=1e-5)
+    assert (losses.bce.item(), losses.gc.item()) == (pytest.approx(expected, rel=1e-5), 0.0)
+    assert (method.calibrates, method.store, losses.pseudo_counts) == (False, None, None)
+    assert losses.total.requires_grad
+    assert not losses.bce.requires_grad
+
+
+def test_the_warm_up_is_assume_negative_and_keeps_the_averages() -> None:
+    method, engine, _ = parts()
+    losses = method.losses(batch(), Phase.WARMUP)
+    p = training_output(engine, batch().images)
+    assert losses.total.item() == pytest.approx(bce(p, numpy_of(batch().observed_BC)), rel=1e-5)
+    assert losses.gc.item() == 0.0
+    np.testing.assert_allclose(method.store.values[ROWS], p, atol=1e-6)
+    assert method.store.visits.tolist() == [1 if row in ROWS else 0 for row in range(12)]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.55])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_the_calibrated_loss_is_the_formula(mixed: bool, threshold: float) -> None:
+    method, engine, teacher = parts(
+        mixup_alpha=1.0 if mixed else 0.0, gc_weight=2.5, teacher_weight=0.3, pseudo_threshold=threshold
+    )
+    given = batch() if mixed else batch(torch.ones(B))
+    old = random(12, C, seed=5)
+    marks = torch.full((12,), 1 << 14, dtype=torch.int16)
+    method.store.load_state({"rows": torch.arange(12, dtype=torch.int32), "values": old, "marks": marks})
+    student = clean(engine.student, given.images) if mixed else None
+    losses = method.losses(given, Phase.CALIBRATION)
+
+    x, y, lam, mate = given.images, numpy_of(given.observed_BC), numpy_of(given.lambda_B)[:, None], given.mate_B.numpy()
+    p_own = student if student is not None else training_output(engine, x)
+    average = 0.9 * numpy_of(old)[ROWS] + 0.1 * p_own
+    t = 0.3 * clean(teacher.model, x) + 0.7 * average
+    t = np.where(y > 0, 1.0, np.where(t < threshold, 0.0, t))
+    x_mixed = given.lambda_B[:, None, None, None] * x + (1 - given.lambda_B[:, None, None, None]) * x[mate]
+    y_mixed, t_mixed = lam * y + (1 - lam) * y[mate], lam * t + (1 - lam) * t[mate]
+    p = training_output(engine, x_mixed)
+    gc = 2.5 * float(((1 - y_mixed) * np.log(1 - p * np.minimum(t_mixed, 1 - 1e-4))).sum() / (C * GLOBAL))
+    assert losses.bce.item() == pytest.approx(bce(p, y_mixed), rel=1e-5)
+    assert losses.gc.item() == pytest.approx(gc, rel=1e-5)
+    assert losses.total.item() == pytest.approx(bce(p, y_mixed) + gc, rel=1e-5)
+    assert gc < -0.01
+    np.testing.assert_allclose(method.store.values[ROWS], average, atol=1e-6)  # of the un-mixed images
+    hidden = y == 0
+    positive, true = (t >= max(threshold, 0.5)) & hidden, given.labels_BC.numpy() & hidden
+    assert losses.pseudo_counts.tolist() == [positive.sum(), (positive & true).sum(), true.sum()]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_one_step_moves_the_statistics_once_and_the_teacher_not_at_all(alpha: float) -> None:
+    """The clean passes of student and teacher run in eval mode."""
+    method, engine, teacher = parts(mixup_alpha=alpha)
+    before, taught = state_of(engine.student), state_of(teacher.model)
+    method.losses(batch(), Phase.CALIBRATION).total.backward()
+    assert engine.student[1].num_batches_tracked == before["1.num_batches_tracked"] + 1
+    assert engine.student.training
+    for name, tensor in teacher.model.state_dict().items():
+        assert torch.equal(tensor, taught[name])
+    assert all(parameter.grad is None for parameter in teacher.model.parameters())
+
+
+def test_no_gradient_flows_through_the_pseudo_labels() -> None:
+    """With weight 0 the calibrated gradient is that of cross-entropy, with its averages and teacher at work or not."""
+    gradients = []
+    for settings, phase in (({"gc_weight": 0.0, "mixup_alpha": 0.0}, Phase.CALIBRATION), ({}, Phase.WARMUP)):
+        method, engine, _ = parts(**settings)
+        method.losses(batch(), phase).total.backward()
+        gradients.append([parameter.grad for parameter in engine.student.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_losses_are_local_sums_over_the_global_count() -> None:
+    """The loss of a batch is the sum of the losses of its parts: so accumulation and ranks add up to the whole."""
+    whole_method, engine, _ = parts(mixup_alpha=0.0)
+    engine.student[1] = nn.GroupNorm(1, 6)  # BatchNorm would see other batches
+    whole = whole_method.losses(batch(), Phase.CALIBRATION).total.item()
+    method, engine, _ = parts(mixup_alpha=0.0)
+    engine.student[1] = nn.GroupNorm(1, 6)
+    full, sums = batch(), 0.0
+    for part in (slice(0, 2), slice(2, 6)):
+        piece = TrainingBatch(
+            rows=full.rows[part], images=full.images[part], observed_BC=full.observed_BC[part],
+            labels_BC=full.labels_BC[part], mate_B=torch.arange(part.stop - part.start),
+            lambda_B=full.lambda_B[part], num_global=GLOBAL,
+        )  # fmt: skip
+        sums += method.losses(piece, Phase.CALIBRATION).total.item()
+    assert math.isclose(sums, whole, rel_tol=1e-5)
+
+
+def test_names_choose_methods() -> None:
+    assert isinstance(parts(name="adagc")[0], AdaGC)
+    assert parts(name="adagc")[0].calibrates

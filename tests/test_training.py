@@ -1,0 +1,449 @@
+"""Whole runs: the command a user types, on two ranks, from an empty folder to a trained teacher, and again after a crash."""
+
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from adagc_dist.comm import Comm
+from adagc_dist.detector import Verdict
+from launch import train as command
+from launch.build import build_trainer
+from launch.recipe import load_config
+from launch.rundir import RunFolder
+from tests.ranks import RankError, Ranks, run_ranks
+from tests.tiny import tiny_settings
+
+EPOCHS = 5
+# The trigger comes after the second epoch, so that a run has both phases.
+TRIGGERED = [f"optim.epochs={EPOCHS}", "detector.rule=fixed", "detector.min_epochs=2"]
+NOT_NEEDED = ("rasterio", "h5py", "ray", "deepspeed", "webdataset")
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if not key.startswith("speed/")} for line in lines]
+
+
+def status_of(run: Path) -> dict[str, Any]:
+    status: dict[str, Any] = json.loads((run / "status.json").read_text())
+    return status
+
+
+def teacher_of(run: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = load_file(run / "teacher.safetensors")
+    return tensors
+
+
+def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return set(first) == set(second) and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def command_line(arguments: Sequence[str]) -> tuple[int, str]:
+    """`adagc train` in a rank that torchrun started: the exit code, and what it said to the user."""
+    with redirect_stderr(io.StringIO()) as told:
+        code = command.main(arguments)
+    return code, told.getvalue()
+
+
+def train(recipe: str | Path, settings: Sequence[str], *, ranks: int = 2) -> list[tuple[int, str]]:
+    return Ranks(ranks, command_line, [str(recipe), *settings], timeout=120.0).join()
+
+
+def assert_trained(recipe: str | Path, settings: Sequence[str], *, ranks: int = 2) -> None:
+    for code, told in train(recipe, settings, ranks=ranks):
+        assert code == 0, told
+
+
+def refused(settings: Sequence[str], *, recipe: str | Path = "demo") -> str:
+    """The one message of a run that may not start; rank 0 gives it, and both ranks end."""
+    (code, told), (other_code, other_told) = train(recipe, settings)
+    assert (code, other_code, other_told) == (1, 1, "")
+    assert told.startswith("adagc train: ")
+    assert told.count("\n") == 1
+    return told
+
+
+@pytest.fixture(scope="module")
+def absent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that hides packages which a machine that only trains need not have."""
+    folder = tmp_path_factory.mktemp("absent")
+    for name in NOT_NEEDED:
+        (folder / f"{name}.py").write_text(f"raise ImportError('{name} is not installed here')\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory, absent: Path) -> Path:
+    """A run made by the command itself, through torchrun, from another folder, without the packages it does not need."""
+    root = tmp_path_factory.mktemp("runs")
+    arguments = ["demo", *tiny_settings(tiny_shards, root / "first", *TRIGGERED), "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "train", *arguments],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(absent)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return root / "first"
+
+
+def test_a_run_explains_itself(finished: Path, tiny_shards: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "config.yaml", "status.json", "log.txt", "metrics.jsonl", "teacher.safetensors", "checkpoints", "tensorboard",
+    }  # fmt: skip
+    status = status_of(finished)
+    assert (status["state"], status["epochs"], status["trigger_epoch"]) == ("finished", EPOCHS, 1)
+    assert status["step"] == EPOCHS * 8
+    config = load_config(finished / "config.yaml")
+    assert config == load_config("demo", tiny_settings(tiny_shards, finished, *TRIGGERED))
+    log = (finished / "log.txt").read_text()
+    assert "epoch 2/5 warmup: bce " in log
+    assert "fixed: 2 of 2 epochs done" in log
+    assert "epoch 3/5 calibration: bce " in log
+
+
+def test_every_epoch_has_its_line(finished: Path) -> None:
+    lines = lines_of(finished)
+    assert [line["epoch"] for line in lines] == list(range(EPOCHS))
+    assert [line["step"] for line in lines] == [8 * (epoch + 1) for epoch in range(EPOCHS)]
+    assert [line["phase"] for line in lines] == ["warmup"] * 2 + ["calibration"] * 3
+    assert [line["trigger"] for line in lines] == [False, True, False, False, False]
+    for line in lines:
+        assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
+        assert 0 <= line["map/noisy_teacher"] <= 1
+        assert 0 <= line["speed/data_wait_share"] <= 1
+    assert [line["loss/gc"] < 0 for line in lines] == [False, False, True, True, True]
+    assert lines[1]["loss/bce"] < lines[0]["loss/bce"]
+    assert all(0 <= line["pseudo/recall"] <= 1 for line in lines[2:])
+
+
+def test_the_teacher_carries_what_it_is_bound_to(finished: Path, tiny_shards: Path) -> None:
+    with safe_open(finished / "teacher.safetensors", framework="pt") as reader:
+        metadata = {name: json.loads(value) for name, value in reader.metadata().items()}
+    manifest = json.loads((tiny_shards / "manifest.json").read_text())
+    assert metadata["classes"] == manifest["classes"]
+    assert len(metadata["bands"]) == 12
+    assert metadata["statistics"]["B02"] == [manifest["statistics"]["mean"][0], manifest["statistics"]["std"][0]]
+
+
+def test_old_checkpoints_were_deleted_and_the_last_one_is_whole(finished: Path) -> None:
+    store = RunFolder(load_config(finished / "config.yaml"), _Alone()).checkpoints
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["epoch-0003", "epoch-0004"]
+    latest = store.latest()
+    assert latest is not None
+    latest.verify()
+    assert same_bits(latest.tensors("teacher"), teacher_of(finished))
+    parts = [latest.rows(rank, 2) for rank in range(2)]
+    rows = np.concatenate([part["rows"].numpy() for part in parts if part is not None])
+    np.testing.assert_array_equal(np.sort(rows), np.arange(90))
+
+
+class _Alone:
+    rank, world_size = 0, 1
+
+
+def curves_of(run: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_has_the_curves(finished: Path) -> None:
+    curves = curves_of(finished)
+    assert {
+        "loss/bce", "loss/gc", "learning_rate", "gradient_norm", "map/noisy_teacher", "map/true_teacher", "trigger_epoch",
+        "pseudo/recall", "speed/samples_per_second", "speed/data_wait_share",
+    } <= set(curves)  # fmt: skip
+    assert curves["trigger_epoch"] == [(16, 1.0)]
+    assert [step for step, _ in curves["map/noisy_teacher"]] == [8, 16, 24, 32, 40]
+    rates = dict(curves["learning_rate"])
+    assert list(rates) == [*range(3, 40, 3)]
+    assert [rates[step] for step in (6, 9, 12, 15)] == pytest.approx([0.003] * 4)  # level after 4 steps of warm-up
+    later = [rates[step] for step in (18, 24, 30, 36, 39)]
+    assert later == sorted(later, reverse=True)
+    assert later[-1] < 0.003 * 0.02
+
+
+def test_config_yaml_repeats_the_run_to_the_bit(finished: Path, tmp_path: Path) -> None:
+    assert_trained(finished / "config.yaml", [f"run.dir={tmp_path / 'again'}"])
+    assert same_bits(teacher_of(tmp_path / "again"), teacher_of(finished))
+    assert without_speed(lines_of(tmp_path / "again")) == without_speed(lines_of(finished))
+
+
+def test_another_seed_is_another_run(finished: Path, tmp_path: Path) -> None:
+    assert_trained(finished / "config.yaml", [f"run.dir={tmp_path / 'other'}", "run.seed=1", "optim.epochs=2"])
+    assert lines_of(tmp_path / "other")[0]["loss/bce"] != lines_of(finished)[0]["loss/bce"]
+
+
+def kill_after_epoch(settings: Sequence[str], run: Path, epoch: int) -> None:
+    """Two ranks that lose their power once the checkpoint of ``epoch`` is complete."""
+    ranks = Ranks(2, command_line, ["demo", *settings], timeout=120.0)
+    marker, deadline = run / "checkpoints" / f"epoch-{epoch:04d}" / "COMPLETE.json", time.monotonic() + 100
+    while not marker.is_file() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    ranks.kill()
+    assert marker.is_file()
+    assert status_of(run)["state"] == "running"
+    assert not (run / "teacher.safetensors").exists()
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tiny_shards: Path, finished: Path, tmp_path: Path, epoch: int) -> None:
+    """In warm-up and after the trigger: the same teacher to the bit, and each epoch's line once."""
+    run = tmp_path / "killed"
+    settings = tiny_settings(tiny_shards, run, *TRIGGERED)
+    kill_after_epoch(settings, run, epoch)
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"epoch": 4, "st')  # a line cut short
+    assert_trained("demo", settings)
+    assert status_of(run) == status_of(finished)
+    assert same_bits(teacher_of(run), teacher_of(finished))
+    assert without_speed(lines_of(run)) == without_speed(lines_of(finished))
+    assert [step for step, _ in curves_of(run)["map/noisy_teacher"]] == [8, 16, 24, 32, 40]
+
+
+def test_a_killed_run_goes_on_with_another_number_of_ranks(tiny_shards: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    settings = tiny_settings(tiny_shards, run, *TRIGGERED)
+    kill_after_epoch(settings, run, 1)
+    assert_trained("demo", settings, ranks=3)
+    assert status_of(run) == status_of(finished)
+    whole, resumed = lines_of(finished), lines_of(run)
+    assert without_speed(resumed[:2]) == without_speed(whole[:2])
+    assert resumed[2]["loss/bce"] == pytest.approx(whole[2]["loss/bce"], rel=0.05)  # local BatchNorm: close, not equal
+
+
+def test_an_incomplete_checkpoint_is_passed_over(tiny_shards: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    settings = tiny_settings(tiny_shards, run, *TRIGGERED)
+    kill_after_epoch(settings, run, 1)
+    newest = max((run / "checkpoints").iterdir())
+    (newest / "COMPLETE.json").unlink(missing_ok=True)
+    assert_trained("demo", settings)
+    assert same_bits(teacher_of(run), teacher_of(finished))
+
+
+def test_a_finished_run_is_not_overwritten(finished: Path, tiny_shards: Path) -> None:
+    before = (finished / "teacher.safetensors").read_bytes()
+    told = refused(tiny_settings(tiny_shards, finished, *TRIGGERED))
+    assert f"run.dir={finished} holds a finished run of {EPOCHS} epochs. Name another folder with run.dir=" in told
+    assert f"raise optim.epochs to continue this one, or see its results with `adagc evaluate {finished}`" in told
+    assert (finished / "teacher.safetensors").read_bytes() == before
+    assert status_of(finished)["state"] == "finished"
+
+
+def test_another_run_in_the_same_folder_is_refused(finished: Path, tiny_shards: Path) -> None:
+    settings = tiny_settings(tiny_shards, finished, *TRIGGERED, "optim.lr=0.01", "run.seed=3", "data.workers=1")
+    told = refused(settings)
+    assert "holds another run (optim.lr: 0.003 there, 0.01 here; run.seed: 0 there, 3 here)" in told
+    assert "Name another folder with run.dir=..., or repeat that run's settings to continue it" in told
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tiny_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("important")
+    assert f"run.dir={tmp_path} exists and is no run: name another folder" in refused(tiny_settings(tiny_shards, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """The finished run, free to be continued."""
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_more_epochs_continue_a_finished_run(copy: Path, finished: Path) -> None:
+    settings = [f"run.dir={copy}", f"optim.epochs={EPOCHS + 1}"]
+    assert_trained(copy / "config.yaml", settings)
+    assert (status_of(copy)["state"], status_of(copy)["epochs"]) == ("finished", EPOCHS + 1)
+    assert without_speed(lines_of(copy))[:EPOCHS] == without_speed(lines_of(finished))
+    assert not same_bits(teacher_of(copy), teacher_of(finished))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda classes: ["Towns", *classes[1:]], r"the classes of \S+ are not those of the shards \('Urban fabric' against 'Towns'\)"),
+        (lambda classes: [classes[1], classes[0], *classes[2:]], r"the classes of \S+ are not .*'Urban fabric' against 'Industrial"),
+    ],
+)  # fmt: skip
+def test_other_classes_than_the_checkpoints_are_refused(
+    copy: Path, tiny_shards: Path, tmp_path: Path, change: Any, message: str
+) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny_shards, shards)
+    manifest = json.loads((shards / "manifest.json").read_text())
+    (shards / "manifest.json").write_text(json.dumps(manifest | {"classes": change(manifest["classes"])}))
+    settings = [f"run.dir={copy}", f"optim.epochs={EPOCHS + 1}", f"data.shards={shards}"]
+    told = refused(settings, recipe=copy / "config.yaml")
+    assert re.search(message, told)
+    assert "use the shards it was trained on" in told
+
+
+def test_a_damaged_checkpoint_is_told(copy: Path) -> None:
+    file = copy / "checkpoints" / f"epoch-{EPOCHS - 1:04d}" / "student.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 8
+    file.write_bytes(content)
+    told = refused([f"run.dir={copy}", f"optim.epochs={EPOCHS + 1}"], recipe=copy / "config.yaml")
+    assert f"{file} is missing or damaged" in told
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["spml.policy=dominant"],
+        ["spml.policy=full", "method.name=an"],
+        ["method.name=an"],
+        ["optim.precision=bf16"],
+        ["engine.batchnorm=sync"],
+        ["optim.accumulation=2", "run.eval_student=true"],
+        ["data.bands=B04,B03,B02,B8A", "data.window_shards=1", "data.workers=1"],
+        ["method.mixup_alpha=0", "method.combine=product", "detector.rewind=false", "model.kwargs.norm_layer=groupnorm1"],
+    ],
+    ids=" ".join,
+)
+def test_what_else_a_run_can_be(tiny_shards: Path, tmp_path: Path, overrides: list[str]) -> None:
+    settings = ["optim.epochs=2", "detector.rule=fixed", "detector.min_epochs=1", *overrides]
+    assert_trained("demo", tiny_settings(tiny_shards, tmp_path / "run", *settings))
+    assert status_of(tmp_path / "run")["state"] == "finished"
+    lines = lines_of(tmp_path / "run")
+    calibrates = "method.name=an" not in overrides
+    assert [line["phase"] for line in lines] == ["warmup", "calibration" if calibrates else "warmup"]
+    assert (lines[1]["loss/gc"] < 0) == calibrates
+    assert lines[1]["loss/bce"] < lines[0]["loss/bce"]
+    assert ("map/true_student" in lines[0]) == ("run.eval_student=true" in overrides)
+    rows = list((tmp_path / "run" / "checkpoints" / "epoch-0001").glob("rows-*"))
+    assert len(rows) == (2 if calibrates else 0)
+
+
+def test_full_labels_are_more_than_single_ones(tiny_shards: Path, tmp_path: Path) -> None:
+    losses = {}
+    for policy in ("full", "random"):
+        run = tmp_path / policy
+        settings = tiny_settings(tiny_shards, run, "optim.epochs=1", f"spml.policy={policy}")
+        assert_trained("demo", settings)
+        losses[policy] = lines_of(run)[0]
+    assert losses["full"]["map/noisy_teacher"] == losses["full"]["map/true_teacher"]
+    assert losses["random"]["map/noisy_teacher"] != losses["random"]["map/true_teacher"]
+
+
+def test_a_run_that_diverges_says_so(tiny_shards: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(tiny_shards, tmp_path / "run", "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=0")
+    told = train("demo", settings)
+    assert [code for code, _ in told] == [1, 1]
+    assert "\nadagc train: the model's scores are not finite: training has diverged. Lower optim.lr" in told[0][1]
+    status = status_of(tmp_path / "run")
+    assert status["state"] == "failed"
+    assert status["reason"].startswith("ValueError: the model's scores are not finite")
+
+
+def test_a_truncated_shard_ends_the_run_and_hangs_nobody(tiny_shards: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny_shards, shards)
+    with (shards / "train-000002.tar").open("r+b") as stream:
+        stream.truncate(2_000_000)
+    start = time.monotonic()
+    with pytest.raises(RankError, match="train-000002"):
+        Ranks(2, must_succeed, ["demo", *tiny_settings(shards, tmp_path / "run")]).join()
+    assert time.monotonic() - start < 50
+
+
+def must_succeed(arguments: Sequence[str]) -> None:
+    code, told = command_line(arguments)
+    assert code == 0, told
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "message"),
+    [
+        (["optim.global_batch=12"], 8, r"optim\.global_batch=12 is too small: .*8 rank\(s\) x optim\.accumulation=1"),
+        (["data.bands=B02,B10"], 2, r"data\.bands=B02,B10: B10 not in the shards"),
+        (["data.shards=nowhere"], 2, r"nowhere holds no manifest\.json: it is no shard folder"),
+    ],
+)
+def test_what_cannot_work_is_told_before_ranks_are_started(
+    tiny_shards: Path, tmp_path: Path, settings: list[str], ranks: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["demo", *tiny_settings(tiny_shards, tmp_path / "run", *settings), "--nproc-per-node", str(ranks)]
+    assert command.main(arguments) == 1
+    assert re.fullmatch(rf"adagc train: .*{message}.*\n", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+class Scripted:
+    """A detector that fires after the third epoch and calls the first one the best."""
+
+    def observe(self, noisy_map: float, replicates: Sequence[float]) -> Verdict:
+        self.epochs = getattr(self, "epochs", 0) + 1
+        return Verdict(fired=self.epochs == 3, reason="scripted", best_epoch=0)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+
+def train_with_a_rewind(comm: Comm, settings: Sequence[str]) -> dict[str, Any]:
+    config = load_config(None, settings)
+    folder = RunFolder(config, comm)
+    trainer = build_trainer(config, comm=comm, device=torch.device("cpu"), checkpoints=folder.checkpoints)
+    folder.claim()
+    trainer.tracker = folder.tracker(None)
+    trainer.detector = Scripted()  # type: ignore[assignment]
+    trainer.start()
+    trainer.run()
+    return vars(trainer.moment)
+
+
+def table_of(run: Path, epoch: int) -> dict[int, list[float]]:
+    parts = [load_file(file) for file in (run / "checkpoints" / f"epoch-{epoch:04d}").glob("rows-*")]
+    return {row: value for part in parts for row, value in zip(part["rows"].tolist(), part["values"].tolist())}
+
+
+def test_a_rewind_takes_all_that_was_learnt_back_and_time_goes_on(tiny_shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = tiny_settings(tiny_shards, run, "optim.epochs=4", "run.keep_checkpoints=2")
+    moments = run_ranks(2, train_with_a_rewind, settings)
+    expected = {"epoch": 4, "step": 32, "trigger_epoch": 2, "best_epoch": 0, "decay_from": 24, "calibrating": True}
+    assert moments == [expected] * 2
+    assert "rewound" in (run / "log.txt").read_text()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["epoch-0002", "epoch-0003"]
+    assert [line["phase"] for line in lines_of(run)] == ["warmup"] * 3 + ["calibration"]
+
+
+def test_a_rewound_checkpoint_is_that_of_the_best_epoch(tiny_shards: Path, tmp_path: Path) -> None:
+    """What is saved after the trigger is what the first epoch had learnt, at the place of the third."""
+    run = tmp_path / "run"
+    run_ranks(2, train_with_a_rewind, tiny_settings(tiny_shards, run, "optim.epochs=3", "run.keep_checkpoints=9"))
+    first, second, third = (run / "checkpoints" / f"epoch-{epoch:04d}" for epoch in range(3))
+    for name in ("student", "teacher", "optimizer"):
+        assert same_bits(load_file(third / f"{name}.safetensors"), load_file(first / f"{name}.safetensors"))
+        assert not same_bits(load_file(second / f"{name}.safetensors"), load_file(first / f"{name}.safetensors"))
+    assert table_of(run, 2) == table_of(run, 0)
+    assert table_of(run, 1) != table_of(run, 0)
+    orders = [load_file(sorted(folder.glob("rows-*"))[0])["rows"].tolist() for folder in (first, third)]
+    assert orders[0] != orders[1]  # the rows went home to the next epoch's plan, not to the one they were saved for
