@@ -34,8 +34,23 @@ __all__ = ["RankError", "Ranks", "ThreadComm", "run_ranks", "run_threads"]
 T = TypeVar("T")
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
+# What takes long to import; not our own modules, which must come from where this process has them.
 _FORKSERVER.set_forkserver_preload(
-    ["torch", "timm", "torch.utils.tensorboard", "pytest", "hypothesis", "launch.build", "launch.train"]
+    [
+        "torch.nn.parallel",
+        "torch.utils.data",
+        "torch.utils.tensorboard",
+        "timm",
+        "safetensors.torch",
+        "pyarrow.compute",
+        "pyarrow.parquet",
+        "jsonargparse",
+        "docstring_parser",
+        "hypothesis",
+        "pytest",
+        "rasterio",
+        "webdataset",
+    ]
 )
 
 

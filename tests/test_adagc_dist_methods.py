@@ -40,7 +40,7 @@ def batch(lambdas: Tensor | None = None) -> TrainingBatch:
 
 
 def parts(**settings: Any) -> tuple[Any, DdpEngine, EmaTeacher]:
-    """A method on a small student with BatchNorm and dropout, so that its mode can be told from its output."""
+    """A method on a small student with BatchNorm, so that its mode can be told from its output."""
     torch.manual_seed(0)
     student = nn.Sequential(
         nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, C)
