@@ -35,7 +35,9 @@ def average_statistics(layers: Sequence[_BatchNorm], weight: float, comm: Comm) 
     statistics = [
         tensor for layer in layers for tensor in (layer.running_mean, layer.running_var) if tensor is not None
     ]
-    flat = torch.cat([*(tensor.flatten() * weight for tensor in statistics), statistics[0].new_tensor([weight])])
+    flat = torch.cat(
+        [*(tensor.flatten() * weight for tensor in statistics), torch.full_like(statistics[0][:1], weight)]
+    )
     comm.all_reduce_sum(flat)
     parts = (flat[:-1] / flat[-1]).split([tensor.numel() for tensor in statistics])  # type: ignore[no-untyped-call]
     torch._foreach_copy_(statistics, [part.view_as(tensor) for part, tensor in zip(parts, statistics)])
@@ -92,7 +94,9 @@ class SyncedBatchNorm(_BatchNorm):
         running mean, which keeps the difference of squares from cancelling."""
         shift = self.running_mean.detach().clone() if self.running_mean is not None else x.new_zeros(x.shape[1])
         centred = x - shift.view([1, -1] + [1] * (x.dim() - 2))
-        sums = torch.cat([centred.sum(axes), centred.square().sum(axes), x.new_tensor([float(count)])])
+        sums = torch.cat(
+            [centred.sum(axes), centred.square().sum(axes), torch.full_like(centred.flatten()[:1], float(count))]
+        )
         sums = _SumOverRanks.apply(sums, self._comm)
         total = sums[-1].detach()
         first, second = (sums[:-1] / total).chunk(2)

@@ -1,11 +1,10 @@
 """A checkpoint is a directory of safetensors with a completion marker (DESIGN decision 12)::
 
     checkpoints/epoch-0007/
-        student.safetensors  teacher.safetensors  optimizer.safetensors     rank 0's: equal on all ranks
-        rows-00000-of-00002.safetensors ...                                 each rank's rows of the store: row, value,
-        marks state.json                                                          position, phase, detector: what has no
-        tensor COMPLETE.json                                                       size and digest of every file,
-        written last
+        student.safetensors  teacher.safetensors  optimizer.safetensors    rank 0's: equal on all ranks
+        rows-00000-of-00002.safetensors ...        each rank's rows of the store: row, value, marks
+        state.json                                 position, phase, detector: what has no tensor
+        COMPLETE.json                              size and digest of every file, written last
 
 Without COMPLETE.json it is no checkpoint: whoever died while writing left nothing that a resume could take. No pickle
 is read.
@@ -61,7 +60,7 @@ class Checkpoint:
         parts = [load_file(file) for file in files[rank::world_size]]
         if parts:
             return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        return {key: value[:0] for key, value in _empty_like(files[0]).items()}
+        return _empty_like(files[0])
 
     def verify(self) -> None:
         """Compare every file with COMPLETE.json.
@@ -153,10 +152,13 @@ class CheckpointStore:
         """
         if self._comm.rank != 0:
             return
-        for checkpoint in self._complete()[: -self._keep]:
+        complete = self._complete()
+        for checkpoint in complete[: -self._keep]:
             if checkpoint.epoch != pinned:
                 (checkpoint.path / _MARKER).unlink()  # first: what is half deleted must not look complete
-                shutil.rmtree(checkpoint.path)
+        for folder in self._root.glob("epoch-*"):  # these, and what a killed process left half written or half deleted
+            if not (folder / _MARKER).is_file():
+                shutil.rmtree(folder)
 
     def _complete(self) -> list[Checkpoint]:
         folders = [marker.parent for marker in self._root.glob(f"epoch-*/{_MARKER}")]

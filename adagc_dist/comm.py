@@ -107,8 +107,8 @@ class SoloComm:
 def first_error_everywhere(comm: Comm) -> Iterator[None]:
     """Collective: if the body fails on any rank, every rank raises; so no rank is left waiting for one that has gone.
 
-    The rank that failed raises its own error, the others a PeerError that quotes the first one. The body must not
-    hold collectives.
+    A rank that failed raises its own error, unless a lower rank has the same; the others raise a PeerError that quotes
+    the first one. So each cause is told once. The body must not hold collectives.
     """
     error: Exception | None = None
     try:
@@ -116,8 +116,8 @@ def first_error_everywhere(comm: Comm) -> Iterator[None]:
     except Exception as caught:  # re-raised below, once the others know
         error = caught
     messages = comm.all_gather_object(None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
+    if error is not None and messages.index(messages[comm.rank]) == comm.rank:
         raise error
     failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
     if failed:
-        raise PeerError(f"rank {failed[0][0]} failed: {failed[0][1]}")
+        raise PeerError(f"rank {failed[0][0]} failed: {failed[0][1]}") from error

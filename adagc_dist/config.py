@@ -213,12 +213,17 @@ class Config:
             "data.shards is not set: the folder that `adagc shard` wrote, e.g. data.shards=shards/reben",
         )
         _check(bool(self.run.dir), "run.dir is not set: a folder for this run, e.g. run.dir=runs/first")
-        bound = max(1, int(0.4 * self.optim.epochs))
-        named = self.detector.max_epochs
+        bound, named = self._latest_trigger, self.detector.max_epochs
         _check(
             self.detector.rule != "plateau" or named is None or named <= bound,
             f"detector.max_epochs={named} is more than 0.4 of optim.epochs={self.optim.epochs}: "
             f"set it to {bound} or less, or null",
+        )
+        fixed = self.detector.rule == "fixed"
+        _check(
+            not fixed or self.detector.min_epochs < self.optim.epochs,
+            f"detector.min_epochs={self.detector.min_epochs} of rule fixed must be less than "
+            f"optim.epochs={self.optim.epochs}, or it never fires (that is detector.rule=never)",
         )
 
     @property
@@ -230,7 +235,12 @@ class Config:
     def longest_warmup(self) -> int:
         """Epochs after which the trigger is forced."""
         named = self.detector.max_epochs
-        return named if named is not None else max(1, int(0.4 * self.optim.epochs))
+        return named if named is not None else self._latest_trigger
+
+    @property
+    def _latest_trigger(self) -> int:
+        """0.4 of the epochs: later, too few are left for calibration."""
+        return max(1, int(0.4 * self.optim.epochs))
 
     @property
     def run_path(self) -> Path:

@@ -58,9 +58,9 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Collective: names and values since the last ``reset``; waits for the device."""
-        elapsed = time.perf_counter() - self._start
         local = torch.cat([self._losses, self._counts, self._losses.new_tensor([self._rows, self._waited])]).double()
         bce, gc, positive, correct, hidden, rows, waited = self._comm.all_reduce_sum(local).tolist()
+        elapsed = time.perf_counter() - self._start  # only now has the device done what was asked of it
         steps = max(1, self._steps)
         values = {
             "loss/bce": bce / steps,

@@ -42,7 +42,9 @@ class Pixels(nn.Module):
         # a constant band stays constant: DN steps are 1
         std = torch.tensor([statistics[band][1] for band in bands]).clamp_min(1.0)
         self._size = size
-        self._permutation = [read_order.index(band) for band in bands]
+        self._in_order = read_order == list(bands)
+        order = torch.tensor([read_order.index(band) for band in bands])
+        self.register_buffer("order_D", order, persistent=False)
         self.register_buffer("scale_D", 1.0 / std, persistent=False)
         self.register_buffer("shift_D", -mean / std, persistent=False)
 
@@ -54,8 +56,8 @@ class Pixels(nn.Module):
             groups = symmetry(groups, codes_B)
         resampled = [self._resample(group.to(torch.float32)) for group in groups]
         images = torch.cat(resampled, dim=1)
-        if self._permutation != list(range(images.shape[1])):
-            images = images[:, self._permutation]
+        if not self._in_order:
+            images = images.index_select(1, self.get_buffer("order_D"))
         scale, shift = self.get_buffer("scale_D"), self.get_buffer("shift_D")
         return images.mul_(scale[:, None, None]).add_(shift[:, None, None])
 
@@ -74,15 +76,15 @@ def symmetry(groups: Sequence[Tensor], codes_B: NDArray[np.int64]) -> list[Tenso
     Seen from above, a patch has no preferred direction, so all eight are equally likely views. The codes are known on
     the host: nothing waits for the device. Values are only moved, hence the view as int16, which every operation knows.
     """
-    members = [(code, torch.from_numpy(np.flatnonzero(codes_B == code))) for code in range(8)]
+    device = groups[0].device
+    found = [(code, torch.from_numpy(np.flatnonzero(codes_B == code))) for code in range(8)]
+    members = [(code, index.to(device, non_blocking=True)) for code, index in found if len(index)]
     results = []
     for group in groups:
         source = group.view(torch.int16)
         result = torch.empty_like(source)
         for code, index in members:
-            if len(index):
-                index = index.to(group.device, non_blocking=True)
-                result.index_copy_(0, index, _transform(source.index_select(0, index), code))
+            result.index_copy_(0, index, _transform(source.index_select(0, index), code))
         results.append(result.view(torch.uint16))
     return results
 

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from adagc_dist.checkpoint import Checkpoint, CheckpointStore
-from adagc_dist.comm import Comm, Engine
+from adagc_dist.comm import Comm, Engine, first_error_everywhere
 from adagc_dist.config import Config
 from adagc_dist.detector import EarlyLearningDetector, Verdict
 from adagc_dist.feed import Feed
@@ -22,6 +24,7 @@ from adagc_dist.validate import Validation, Validator
 from sharding.loader import Batch, ShardLoader
 from sharding.plan import EpochPlan
 from sharding.progress import Progress
+from sharding.rng import derive_seed
 
 __all__ = ["Moment", "Trainer", "check_same_data"]
 
@@ -103,8 +106,9 @@ class Trainer:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Collective: go on after ``checkpoint``, on any number of ranks."""
-        state = checkpoint.state()
-        check_same_data(state["data"], self.data, checkpoint.path)
+        with first_error_everywhere(self.comm):
+            state = checkpoint.state()
+            check_same_data(state["data"], self.data, checkpoint.path)
         self.moment = Moment(**state["moment"])
         self.detector = EarlyLearningDetector.from_state(state["detector"])
         self._load_learned(checkpoint)
@@ -128,6 +132,7 @@ class Trainer:
         """One update of the student, and the teacher after it."""
         for micro in range(plan.accumulation):
             batch = self.feed.prepare(next(batches), plan.epoch)
+            torch.manual_seed(derive_seed(self.config.run.seed, "dropout", self.moment.step, micro, self.comm.rank))
             losses = self.method.losses(batch, self._phase)
             self.engine.backward(losses.total, last=micro == plan.accumulation - 1)
             for meter in (self._meter, epoch_meter):
@@ -174,7 +179,9 @@ class Trainer:
         """Collective: student, teacher, optimiser and store values of ``checkpoint``; rows go home to the next epoch's
         plan.
         """
-        checkpoint.verify()
+        with first_error_everywhere(self.comm):
+            if self.comm.rank == 0:  # one reader of all files is enough: they lie on a shared file system
+                checkpoint.verify()
         self.engine.student.load_state_dict(checkpoint.tensors("student"))
         self.teacher.model.load_state_dict(checkpoint.tensors("teacher"))
         self.engine.load_state(checkpoint.tensors("optimizer"))
@@ -248,7 +255,8 @@ def check_same_data(saved: Mapping[str, Any], present: Mapping[str, Any], path: 
             pairs = [(a, b) for a, b in zip(value, other) if a != b]
             detail = f"{len(value)} against {len(other)}" if not pairs else f"{pairs[0][0]!r} against {pairs[0][1]!r}"
         else:
-            detail = f"{value} against {other}"
+            detail = "the digests or values differ"
         raise ValueError(
-            f"the {name} of {path} are not those of the shards ({detail}): use the shards it was trained on"
+            f"the {name} of {path} are not those of this configuration ({detail}): "
+            "keep data.shards and data.bands as in its training"
         )

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from numpy import bool_
 from numpy.typing import NDArray
+from torch import nn
 
 from adagc_dist.checkpoint import CheckpointStore
-from adagc_dist.comm import Comm
+from adagc_dist.comm import Comm, first_error_everywhere
 from adagc_dist.config import Config
 from adagc_dist.detector import EarlyLearningDetector
 from adagc_dist.feed import Feed
@@ -72,6 +73,18 @@ class Shards:
         }
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What a run needs from outside: data, labels, a student."""
+
+    shards: Shards
+    train: LabelTable
+    validation: LabelTable
+    observed: NDArray[bool_]
+    observed_validation: NDArray[bool_]
+    student: nn.Module
+
+
 def make_plan(config: Config, manifest: Manifest, world_size: int, epoch: int) -> EpochPlan:
     """The plan of ``epoch`` over the train split for ``world_size`` ranks."""
     return plan_epoch(
@@ -106,19 +119,15 @@ def build_trainer(config: Config, *, comm: Comm, device: torch.device, checkpoin
         FileNotFoundError, ValueError: the shards, the labels, the model or the batch do not fit; the message names the
             key.
     """
-    shards = Shards.open(config)
+    with first_error_everywhere(comm):  # before the first collective: DDP's constructor is one
+        parts = _load(config)
+    shards, train, validation = parts.shards, parts.train, parts.validation
     plan = lru_cache(maxsize=2)(lambda epoch: make_plan(config, shards.manifest, comm.world_size, epoch))
-    first_plan = plan(0)
-    train, validation = shards.table("train"), shards.table("validation")
-    observed, observed_validation = shards.observed(train), shards.observed(validation)
-    classes = len(shards.manifest.classes)
-    student = create_student(config.model, num_bands=len(config.data.bands), num_classes=classes, seed=config.run.seed)
-    if config.model.prior_bias:
-        set_prior_bias(student, observed.mean(axis=0))
-    engine = DdpEngine(student, config, comm=comm, device=device)
-    teacher = EmaTeacher(engine.student, momentum=_teacher_momentum(config, first_plan.num_steps))
+    engine = DdpEngine(parts.student, config, comm=comm, device=device)
+    teacher = EmaTeacher(engine.student, momentum=_teacher_momentum(config, plan(0).num_steps))
     pixels = shards.pixels(device)
     scorer = make_scorer(shards, validation, pixels, comm=comm, device=device)
+    classes = len(shards.manifest.classes)
     return Trainer(
         config=config,
         comm=comm,
@@ -128,18 +137,30 @@ def build_trainer(config: Config, *, comm: Comm, device: torch.device, checkpoin
             config.method, engine=engine, teacher=teacher, comm=comm, num_rows=len(train), num_classes=classes
         ),
         feed=Feed(
-            train, observed, pixels,
+            train, parts.observed, pixels,
             seed=config.run.seed, augment=config.data.augment, mixup_alpha=config.method.mixup_alpha, device=device,
         ),
         loader=shards.loader(train, device),
         validator=Validator(
-            scorer, observed_NC=observed_validation, labels_NC=validation.labels_NC, comm=comm, seed=config.run.seed
+            scorer, observed_NC=parts.observed_validation, labels_NC=validation.labels_NC, comm=comm,
+            seed=config.run.seed,
         ),
         detector=_detector(config),
         checkpoints=checkpoints,
         plan=plan,
         data=shards.identity(),
     )  # fmt: skip
+
+
+def _load(config: Config) -> _Parts:
+    shards = Shards.open(config)
+    train, validation = shards.table("train"), shards.table("validation")
+    observed, observed_validation = shards.observed(train), shards.observed(validation)
+    classes, bands = len(shards.manifest.classes), len(config.data.bands)
+    student = create_student(config.model, num_bands=bands, num_classes=classes, seed=config.run.seed)
+    if config.model.prior_bias:
+        set_prior_bias(student, observed.mean(axis=0))
+    return _Parts(shards, train, validation, observed, observed_validation, student)
 
 
 def _teacher_momentum(config: Config, steps_per_epoch: int) -> float:

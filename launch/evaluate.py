@@ -3,8 +3,9 @@
 import argparse
 import json
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from torch import nn
 
 from adagc_dist.comm import Comm
 from adagc_dist.config import Config
+from launch.arguments import add_ranks
 from launch.build import Shards
 from sharding.manifest import LabelTable
 
 __all__ = ["evaluate", "main"]
+
+_OVERRIDE = re.compile(r"\w+\.[\w.]+=")
 
 _EPILOG = """\
 examples:
@@ -33,11 +37,14 @@ for F1 and recovery are fitted per class on the validation split's observed labe
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, then evaluate here or in torchrun's ranks. Returns the exit code: 0 done, 1 failed, 2 wrong usage."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(argv)
     from launch.failure import exit_code
 
-    runs = [name for name in arguments.runs if "=" not in name]
-    overrides = [name for name in arguments.runs if "=" in name]
+    overrides = [name for name in arguments.runs if _OVERRIDE.match(name) and not Path(name).is_dir()]
+    runs = [name for name in arguments.runs if name not in overrides]
+    if not runs:
+        parser.error("name at least one RUN, the folder that was run.dir in `adagc train`")
     if arguments.nproc_per_node > 1:
         from launch.spawn import run_ranks
 
@@ -115,8 +122,16 @@ class _Scores:
 
         if table.split not in self._done:
             scorer = make_scorer(self._shards, table, self._pixels, comm=self._comm, device=self._device)
-            self._done[table.split] = scorer.score(self._model)
+            self._done[table.split] = scorer.score(self._model, progress=self._bar(table))
         return self._done[table.split]
+
+    def _bar(self, table: LabelTable) -> Callable[[Iterable[Any]], Iterable[Any]]:
+        """Rank 0's bar over its blocks; tqdm shows it on a terminal only."""
+        from tqdm import tqdm
+
+        total = -(-len(table) // (self._shards.config.run.eval_block * self._comm.world_size))
+        hidden = None if self._comm.rank == 0 else True
+        return lambda batches: tqdm(batches, f"scoring {table.split}", total, unit="block", disable=hidden)
 
 
 def _config(run: Path, overrides: Sequence[str]) -> Config:
@@ -192,9 +207,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also precision and recall of recovered labels on train (one more pass)",
     )
-    parser.add_argument(
-        "--nproc-per-node", type=int, default=1, metavar="N", help="ranks on this machine, through torchrun (default 1)"
-    )
+    add_ranks(parser)
     return parser
 
 

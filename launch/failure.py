@@ -12,18 +12,15 @@ __all__ = ["exit_code"]
 def exit_code(command: str, work: Callable[[], None]) -> int:
     """Run ``work``; 0, or 1 after printing why it failed.
 
-    Under torchrun a ValueError or a missing file is the same on all ranks, so rank 0 alone prints it; anything else is
-    printed by the rank it happened on.
+    What several ranks find is told once: ``first_error_everywhere`` lets the lowest of them raise it, and the others
+    follow in silence.
     """
     rank = os.environ.get("RANK", "0")
     try:
         work()
-    except (ValueError, FileNotFoundError) as error:
-        if rank == "0":
-            print(f"{command}: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"{command}: rank {rank}: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        where = "" if rank == "0" else f"rank {rank}: "
+        print(f"{command}: {where}{error}", file=sys.stderr)
         return 1
     except PeerError:  # told by the rank it happened on
         return 1

@@ -9,21 +9,23 @@ teacher.safetensors   the trained model, with classes, bands and statistics as m
 checkpoints/  tensorboard/
 """
 
+import fcntl
 import json
 import logging
 import sys
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from safetensors.torch import save_file
 
 from adagc_dist.checkpoint import Checkpoint, CheckpointStore
 from adagc_dist.comm import Comm, first_error_everywhere
 from adagc_dist.config import Config
-from adagc_dist.tracking import NullTracker, RunTracker, Tracker, read_status
+from adagc_dist.tracking import NullTracker, RunTracker, Tracker, read_status, write_json
 from adagc_dist.trainer import Trainer
 from launch.recipe import dump_config, flatten, load_config
 
-__all__ = ["TEACHER", "RunFolder"]
+__all__ = ["TEACHER", "RunFolder", "mark_failed"]
 
 TEACHER = "teacher.safetensors"
 _MAY_CHANGE = ("data.shards", "data.workers", "optim.epochs", "optim.accumulation", "engine.name", "engine.device")
@@ -34,6 +36,7 @@ class RunFolder:
 
     def __init__(self, config: Config, comm: Comm) -> None:
         self._config, self._comm, self._path = config, comm, config.run_path
+        self._lock: IO[str] | None = None
         self.checkpoints = CheckpointStore(self._path / "checkpoints", comm=comm, keep=config.run.keep_checkpoints)
 
     def check(self) -> None:
@@ -46,11 +49,29 @@ class RunFolder:
             if self._comm.rank == 0:
                 self._check_free()
 
+    def latest(self) -> Checkpoint | None:
+        """Collective: the newest complete checkpoint as rank 0 sees it, on every rank.
+
+        Raises:
+            ValueError: a rank does not see it: the folder is not shared between the machines.
+        """
+        found = self.checkpoints.latest() if self._comm.rank == 0 else None
+        epoch = self._comm.broadcast_object(None if found is None else found.epoch)
+        if epoch is None:
+            return None
+        with first_error_everywhere(self._comm):
+            return self.checkpoints.of_epoch(epoch)
+
     def claim(self) -> None:
-        """Collective: make the folder, or enter that of the same run to continue it; the log starts."""
+        """Collective: make the folder, or enter that of the same run to continue it; the log starts.
+
+        Raises:
+            ValueError: another process is training there.
+        """
         with first_error_everywhere(self._comm):
             if self._comm.rank == 0:
                 self._path.mkdir(parents=True, exist_ok=True)
+                self._lock = _locked(self._path / ".lock", f"run.dir={self._config.run.dir}")
                 (self._path / "config.yaml").write_text(dump_config(self._config))
         self._comm.barrier()
         self._start_log()
@@ -82,11 +103,12 @@ class RunFolder:
         name = self._config.run.dir
         if not (self._path / "config.yaml").is_file():
             raise ValueError(f"run.dir={name} exists and is no run: name another folder with run.dir=...")
-        if self.checkpoints.latest() is None:  # nothing was learnt there yet: a start that failed may be mended
+        status = read_status(self._path)
+        finished, learnt = status.get("state") == "finished", self.checkpoints.latest() is not None
+        if not finished and not learnt:  # a start that failed may be mended
             return
         self._check_same_run()
-        status = read_status(self._path)
-        if status.get("state") == "finished" and self._config.optim.epochs <= status["epochs"]:
+        if finished and (self._config.optim.epochs <= status["epochs"] or not learnt):
             raise ValueError(
                 f"run.dir={name} holds a finished run of {status['epochs']} epochs. Name another folder with "
                 f"run.dir=... to train anew, raise optim.epochs to continue this one, or see its results with "
@@ -116,3 +138,25 @@ class RunFolder:
         logging.basicConfig(
             level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
         )
+
+
+def mark_failed(run: Path) -> None:
+    """A run whose ranks are gone is not running, whoever of them failed."""
+    status = read_status(run)
+    if status.get("state") == "running":
+        write_json(
+            run / "status.json", status | {"state": "failed", "reason": "a rank failed; see the terminal's output"}
+        )
+
+
+def _locked(path: Path, name: str) -> IO[str]:
+    """An open file with an exclusive lock that ends with the process, however it ends."""
+    stream = path.open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise ValueError(
+            f"{name} is in use by another process that trains there: wait for it, or name another"
+        ) from error
+    return stream

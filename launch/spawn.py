@@ -8,7 +8,10 @@ __all__ = ["run_ranks"]
 
 
 def run_ranks(module: str, arguments: Sequence[str], *, ranks: int) -> int:
-    """Run ``python -m module arguments`` as ``ranks`` torchrun workers and wait. Returns 0, or 1 if a rank failed."""
+    """Run ``python -m module arguments`` as ``ranks`` torchrun workers and wait. Returns 0, 1 if a rank
+    failed, or 128 and the number of the signal that ended it.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -24,6 +27,8 @@ def run_ranks(module: str, arguments: Sequence[str], *, ranks: int) -> int:
     )
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
+    except SignalException as error:
+        return 128 + error.sigval
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(f"rank {rank} failed with exit code {failure.exitcode}; its message is above", file=sys.stderr)

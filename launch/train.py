@@ -3,13 +3,18 @@ one or many ranks.
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
 
+from adagc_dist.comm import first_error_everywhere
 from adagc_dist.config import Config
+from launch.arguments import add_ranks
 
 __all__ = ["main", "train"]
+
+log = logging.getLogger(__name__)
 
 _EPILOG = """\
 examples:
@@ -24,7 +29,7 @@ The same command again continues an unfinished run from its newest checkpoint. W
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, then train here or in torchrun's ranks. Returns the exit code: 0 done, 1 failed, 2 wrong usage."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     from launch.failure import exit_code
     from launch.recipe import load_config
 
@@ -35,10 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if arguments.nproc_per_node == 1:
         return exit_code("adagc train", lambda: train(config))
+    from launch.rundir import mark_failed
     from launch.spawn import run_ranks
 
     code = exit_code("adagc train", lambda: check(config, arguments.nproc_per_node))
-    return code or run_ranks("launch.train", [arguments.recipe, *arguments.overrides], ranks=arguments.nproc_per_node)
+    if code:
+        return code
+    code = run_ranks("launch.train", [arguments.recipe, *arguments.overrides], ranks=arguments.nproc_per_node)
+    if code:
+        mark_failed(config.run_path)
+    return code
 
 
 def check(config: Config, world_size: int) -> None:
@@ -68,17 +79,21 @@ def train(config: Config) -> None:
     world = World.from_env(os.environ)
     device = world.device(config.engine.device)
     with world_context(world, device) as comm:
-        check(config, comm.world_size)
+        with first_error_everywhere(comm):
+            check(config, comm.world_size)
         run = RunFolder(config, comm)
         run.check()
+        latest = run.latest()
         trainer = build_trainer(config, comm=comm, device=device, checkpoints=run.checkpoints)
-        run.claim()  # only now: what cannot be built leaves no folder behind
-        latest = run.checkpoints.latest()
-        trainer.tracker = run.tracker(latest)
         if latest is None:
             trainer.start()
         else:
             trainer.resume(latest)
+        run.claim()  # only now: what cannot be built or resumed changes no folder
+        trainer.tracker = run.tracker(latest)
+        log.info(
+            "%d rank(s) on %s, %s", comm.world_size, device.type, "from the start" if latest is None else latest.path
+        )
         try:
             trainer.run()
         except Exception as error:
@@ -109,9 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         "recipe", help="a YAML file, or the name of a shipped recipe: demo, reben_random, reben_dominant"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the recipe's")
-    parser.add_argument(
-        "--nproc-per-node", type=int, default=1, metavar="N", help="ranks on this machine, through torchrun (default 1)"
-    )
+    add_ranks(parser)
     parser.add_argument("-h", "--help", action=_Help, nargs=0, help="this text and all keys")
     return parser
 

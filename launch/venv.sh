@@ -16,10 +16,10 @@ find_python() {
 
 make_venv() {
     local extra="$1" python stamp wanted
-    if [ ! -x .venv/bin/python ]; then
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         python="$(find_python)"
         echo "== making .venv with $("$python" --version)"
-        "$python" -m venv .venv || {
+        "$python" -m venv --clear .venv || {
             rm -rf .venv
             echo "cannot make a virtual environment: on Debian and Ubuntu, apt-get install python3-venv" >&2
             return 1

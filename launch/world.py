@@ -49,11 +49,16 @@ class World:
         """``wanted``: auto, cpu or cuda; auto takes the local rank's GPU where there is one for each local rank.
 
         Raises:
-            ValueError: cuda is wanted and there are fewer GPUs than local ranks.
+            ValueError: there are fewer GPUs than local ranks, and cuda is wanted, or auto and there are some.
         """
         gpus = torch.cuda.device_count() if wanted != "cpu" else 0
         if gpus >= self.local_world_size:
             return torch.device("cuda", self.local_rank)
+        if wanted == "auto" and gpus:
+            raise ValueError(
+                f"{self.local_world_size} ranks on this machine but {gpus} usable GPU(s): start as many ranks as GPUs, "
+                "or set engine.device=cpu"
+            )
         if wanted == "cuda":
             raise ValueError(
                 f"engine.device=cuda: {self.local_world_size} rank(s) on this machine but {gpus} usable GPU(s)"
@@ -87,7 +92,5 @@ def world_context(world: World, device: torch.device) -> Iterator[Comm]:
         timeout=timedelta(minutes=10),
         device_id=device if device.type == "cuda" else None,  # else barriers may pick another GPU and hang
     )
-    try:
-        yield TorchComm(device)
-    finally:
-        dist.destroy_process_group()
+    yield TorchComm(device)
+    dist.destroy_process_group()  # not after an error: with NCCL it would wait for peers that are stuck in a collective

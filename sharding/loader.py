@@ -23,6 +23,9 @@ from sharding.plan import Slot
 __all__ = ["BandGroup", "Batch", "PatchReader", "ReadError", "ShardLoader", "select_bands"]
 
 
+_OPEN_FILES = 256  # per reader; common soft limits are 1024 a process, and reBEN in small shards has more
+
+
 class ReadError(OSError):
     """A sample's bytes could not be read; the message names shard, key and offset."""
 
@@ -119,9 +122,14 @@ class PatchReader:
             self._read_into(file, row, start + plane * out[0].nbytes, target)
 
     def _read_into(self, file: int, row: int, offset: int, out: NDArray[np.uint16]) -> None:
-        count = os.preadv(file, [out.data.cast("B")], offset)
+        shard = self.manifest.shards[int(self.table.shard_N[row])]
+        try:
+            count = os.preadv(file, [out.data.cast("B")], offset)
+        except OSError as error:
+            raise ReadError(
+                f"{self.manifest.root / shard.name}: {error.strerror} at offset {offset}, {self.table.keys[row]}"
+            ) from error
         if count != out.nbytes:
-            shard = self.manifest.shards[int(self.table.shard_N[row])]
             raise ReadError(
                 f"{self.manifest.root / shard.name} ends early: {count} of {out.nbytes} bytes of "
                 f"{self.table.keys[row]} at offset {offset}. The shard is truncated "
@@ -132,6 +140,8 @@ class PatchReader:
         if self._owner != os.getpid():  # after a fork the parent's descriptors are the parent's to close
             self._files, self._owner = {}, os.getpid()
         if number not in self._files:
+            if len(self._files) == _OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))  # the one opened first
             self._files[number] = self._open(number)
         return self._files[number]
 
@@ -140,9 +150,8 @@ class PatchReader:
         try:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise ReadError(
-                f"shard {path} cannot be opened: {error.strerror}. The manifest lists it: copy or make it again"
-            ) from error
+            hint = ". The manifest lists it: copy or make it again" if isinstance(error, FileNotFoundError) else ""
+            raise ReadError(f"shard {path} cannot be opened: {error.strerror}{hint}") from error
 
 
 def _buffer(shape: tuple[int, ...]) -> Tensor:
@@ -153,14 +162,20 @@ def _buffer(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(0, dtype=torch.uint16).set_(storage).view(shape)
 
 
-class _SlotReader(Dataset[Batch]):
-    """Map-style view for DataLoader whose index is the slot itself."""
+class _SlotReader(Dataset["Batch | ReadError"]):
+    """Map-style view for DataLoader whose index is the slot itself.
+
+    A read error travels as a value: raised in a worker, DataLoader would bury its sentence in a traceback's text.
+    """
 
     def __init__(self, reader: PatchReader) -> None:
         self._reader = reader
 
-    def __getitem__(self, slot: Slot) -> Batch:
-        return self._reader.read(slot)
+    def __getitem__(self, slot: Slot) -> Batch | ReadError:
+        try:
+            return self._reader.read(slot)
+        except ReadError as error:
+            return error
 
 
 class _Work:
@@ -180,7 +195,7 @@ class ShardLoader:
 
     def __init__(self, reader: PatchReader, *, workers: int, pin_memory: bool = False, prefetch: int = 4) -> None:
         self._work = _Work()
-        self._loader: DataLoader[Batch] = DataLoader(
+        self._loader: DataLoader[Batch | ReadError] = DataLoader(
             _SlotReader(reader),
             batch_size=None,
             sampler=self._work,
@@ -197,4 +212,7 @@ class ShardLoader:
             ReadError: a sample's bytes could not be read.
         """
         self._work.slots = slots
-        yield from self._loader
+        for item in self._loader:
+            if isinstance(item, ReadError):
+                raise item
+            yield item

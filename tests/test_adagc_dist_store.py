@@ -186,6 +186,14 @@ def test_the_first_prediction_is_taken_as_it_is_and_later_ones_blend() -> None:
     assert store.visits.tolist() == [0, 0, 0, 0, 2, 0]
 
 
+def test_what_stands_in_a_row_that_was_never_written_is_no_matter() -> None:
+    store = small_store(SoloComm())
+    old = torch.full((6, 2), 1e8)
+    store.load_state({"rows": torch.arange(6, dtype=torch.int32), "values": old, "marks": torch.zeros(6, dtype=torch.int16)})
+    value = torch.tensor([[0.3, 0.7]])
+    assert torch.equal(store.blend(index(2), value), value)
+
+
 def test_predictions_in_half_precision_are_averaged_in_float32_and_carry_no_gradient() -> None:
     store = small_store(SoloComm(), momentum=0.999)
     value = torch.full((1, 2), 0.5, dtype=torch.bfloat16, requires_grad=True)

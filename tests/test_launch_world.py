@@ -43,11 +43,17 @@ def test_only_the_mapping_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("gpus", "wanted", "device"),
-    [(0, "auto", "cpu"), (3, "auto", "cpu"), (4, "auto", "cuda:1"), (8, "cuda", "cuda:1"), (8, "cpu", "cpu")],
+    [(0, "auto", "cpu"), (4, "auto", "cuda:1"), (8, "cuda", "cuda:1"), (8, "cpu", "cpu")],
 )
 def test_a_gpu_for_each_local_rank_or_none(monkeypatch: pytest.MonkeyPatch, gpus: int, wanted: str, device: str) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert World.from_env(TORCHRUN).device(wanted) == torch.device(device)
+
+
+def test_ranks_do_not_fall_to_the_cpu_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(ValueError, match=r"4 ranks on this machine but 3 usable GPU\(s\): .*engine\.device=cpu"):
+        World.from_env(TORCHRUN).device("auto")
 
 
 def test_too_few_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,16 @@ def test_the_rows_of_a_split(tiny_shards: Path, split: str) -> None:
     np.testing.assert_array_equal(table.shard_N, np.repeat(shards, manifest.rows_per_shard(split)))
 
 
+def test_rows_are_in_the_order_of_their_numbers_whatever_that_of_the_file(tiny_shards: Path, copy: Path) -> None:
+    table = pq.read_table(copy / MANIFEST_PARQUET)
+    shuffled = table.take(np.random.default_rng(0).permutation(len(table)))
+    manifest = write_manifest(dataclasses.replace(load_manifest(copy), root=copy), shuffled)
+    before, after = load_table(load_manifest(tiny_shards), "train"), load_table(manifest, "train")
+    assert after.keys.to_pylist() == before.keys.to_pylist()
+    for name in ("labels_NC", "coverage_NC", "shard_N", "offsets_NM", "sizes_NM", "digests_NM"):
+        np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
+
+
 def test_ranges_and_digests_are_those_of_the_members(tiny_shards: Path) -> None:
     manifest = load_manifest(tiny_shards)
     table = load_table(manifest, "validation")

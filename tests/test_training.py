@@ -100,7 +100,7 @@ def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory, absent
     result = subprocess.run(
         [sys.executable, "-m", "launch.cli", "train", *arguments],
         cwd=root,
-        env=os.environ | {"PYTHONPATH": str(absent)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(absent), str(Path(command.__file__).parents[1])])},
         capture_output=True,
         text=True,
         timeout=240,
@@ -112,7 +112,8 @@ def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory, absent
 def test_a_run_explains_itself(finished: Path, tiny_shards: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        "config.yaml", "status.json", "log.txt", "metrics.jsonl", "teacher.safetensors", "checkpoints", "tensorboard",
+        ".lock", "config.yaml", "status.json", "log.txt", "metrics.jsonl", "teacher.safetensors", "checkpoints",
+        "tensorboard",
     }  # fmt: skip
     status = status_of(finished)
     assert (status["state"], status["epochs"], status["trigger_epoch"]) == ("finished", EPOCHS, 1)
@@ -196,7 +197,7 @@ def test_config_yaml_repeats_the_run_to_the_bit(finished: Path, tmp_path: Path) 
 
 
 def test_another_seed_is_another_run(finished: Path, tmp_path: Path) -> None:
-    assert_trained(finished / "config.yaml", [f"run.dir={tmp_path / 'other'}", "run.seed=1", "optim.epochs=2"])
+    assert_trained(finished / "config.yaml", [f"run.dir={tmp_path / 'other'}", "run.seed=1", "optim.epochs=3"])
     assert lines_of(tmp_path / "other")[0]["loss/bce"] != lines_of(finished)[0]["loss/bce"]
 
 
@@ -288,7 +289,7 @@ def test_more_epochs_continue_a_finished_run(copy: Path, finished: Path) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda classes: ["Towns", *classes[1:]], r"the classes of \S+ are not those of the shards \('Urban fabric' against 'Towns'\)"),
+        (lambda classes: ["Towns", *classes[1:]], r"the classes of \S+ are not those of this configuration \('Urban fabric' against 'Towns'\)"),
         (lambda classes: [classes[1], classes[0], *classes[2:]], r"the classes of \S+ are not .*'Urban fabric' against 'Industrial"),
     ],
 )  # fmt: skip
@@ -302,7 +303,7 @@ def test_other_classes_than_the_checkpoints_are_refused(
     settings = [f"run.dir={copy}", f"optim.epochs={EPOCHS + 1}", f"data.shards={shards}"]
     told = refused(settings, recipe=copy / "config.yaml")
     assert re.search(message, told)
-    assert "use the shards it was trained on" in told
+    assert "keep data.shards and data.bands as in its training" in told
 
 
 def test_a_damaged_checkpoint_is_told(copy: Path) -> None:
