@@ -1,8 +1,10 @@
-"""Ranks for tests: threads that meet in memory, and real processes that meet through gloo. Both fail instead of hanging.
+"""Ranks for tests: threads that meet in memory, and real processes that meet through gloo. Both fail instead of
+hanging.
 
-Threads are for what must hold for many numbers of ranks and many random inputs: they start in no time, and each collective checks that all
-ranks called the same one. Processes are for what must hold in truth: torch.distributed, DDP, its gradients and its errors. They are
-forked from a server that has imported torch and timm already, so a rank starts in a few hundredths of a second instead of five seconds.
+Threads are for what must hold for many numbers of ranks and many random inputs: they start in no time, and each
+collective checks that all ranks called the same one. Processes are for what must hold in truth: torch.distributed, DDP,
+its gradients and its errors. They are forked from a server that has imported torch and timm already, so a rank starts
+in a few hundredths of a second instead of five seconds.
 """
 
 import faulthandler
@@ -149,18 +151,24 @@ def _raise_first(errors: list[tuple[int, BaseException]], alive: list[int]) -> N
 
 
 class Ranks:
-    """``function(*args)`` in ``world_size`` processes with torchrun's environment; use ``join``, or ``kill`` as a power cut would.
+    """``function(*args)`` in ``world_size`` processes with torchrun's environment; use ``join``, or ``kill`` as a power
+    cut would.
 
-    The process that started them holds the store at which they meet, as torchrun's agent does: no port has to be guessed.
+    The process that started them holds the store at which they meet, as torchrun's agent does: no port has to be
+    guessed.
     """
 
     def __init__(self, world_size: int, function: Callable[..., object], *args: object, timeout: float = 60.0) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+        self._store = dist.TCPStore(
+            "localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+        )
         self._deadline, self._timeout = time.monotonic() + timeout, timeout
         path, port = Path(self._folder.name), self._store.port
         self.processes: list[ForkServerProcess] = [
-            _FORKSERVER.Process(target=_rank_main, args=(rank, world_size, port, path, timeout, function, args), daemon=False)
+            _FORKSERVER.Process(
+                target=_rank_main, args=(rank, world_size, port, path, timeout, function, args), daemon=False
+            )
             for rank in range(world_size)
         ]
         for process in self.processes:
@@ -183,7 +191,10 @@ class Ranks:
                     if process.exitcode != 0:
                         self._settle()
                         raise RankError(f"{process.name} ended with exit code {process.exitcode}\n{self._stories()}")
-            return [pickle.loads((Path(self._folder.name) / f"{rank}.result").read_bytes()) for rank in range(len(self.processes))]
+            return [
+                pickle.loads((Path(self._folder.name) / f"{rank}.result").read_bytes())
+                for rank in range(len(self.processes))
+            ]
         finally:
             self.kill()
 
@@ -200,12 +211,19 @@ class Ranks:
         connection.wait([process.sentinel for process in self.processes if process.is_alive()], timeout=1.0)
 
     def _stories(self) -> str:
-        files = [file for pattern in ("*.error", "*.hang", "*.out") for file in sorted(Path(self._folder.name).glob(pattern))]
-        return "\n".join(f"--- rank {file.stem}, {file.suffix[1:]}:\n{file.read_text()[-6000:]}" for file in files if file.stat().st_size)
+        files = [
+            file for pattern in ("*.error", "*.hang", "*.out") for file in sorted(Path(self._folder.name).glob(pattern))
+        ]
+        return "\n".join(
+            f"--- rank {file.stem}, {file.suffix[1:]}:\n{file.read_text()[-6000:]}"
+            for file in files
+            if file.stat().st_size
+        )
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: object, timeout: float = 60.0) -> list[Any]:
-    """``function(comm, *args)`` on ``world_size`` real ranks (gloo; SoloComm if there is one), as ``launch.world`` makes them.
+    """``function(comm, *args)`` on ``world_size`` real ranks (gloo; SoloComm if there is one), as ``launch.world``
+    makes them.
 
     ``function`` is a module's own, ``args`` and what it returns can be pickled. Warnings are errors in the ranks too.
 
@@ -221,7 +239,13 @@ def _with_comm(function: Callable[..., T], *args: object) -> T:
 
 
 def _rank_main(
-    rank: int, world_size: int, port: int, folder: Path, timeout: float, function: Callable[..., object], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    port: int,
+    folder: Path,
+    timeout: float,
+    function: Callable[..., object],
+    args: tuple[Any, ...],
 ) -> None:
     """The process of one rank: its output, its traceback or its result end up in ``folder``."""
     _redirect(folder / f"{rank}.out")
@@ -242,11 +266,20 @@ def _redirect(path: Path) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
+    sys.stdout, sys.stderr = (
+        os.fdopen(1, "w", buffering=1, closefd=False),
+        os.fdopen(2, "w", buffering=1, closefd=False),
+    )
 
 
 def _torchrun_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
+    ranks = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+        "MASTER_PORT": port,
+    }
     return {name: str(value) for name, value in ranks.items()} | {
         "MASTER_ADDR": "localhost",
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already, rank 0 need not open it

@@ -1,4 +1,6 @@
-"""BatchNorm over ranks: `sync` is nn.BatchNorm of the whole step, `local` ends with equal and rightly weighted statistics."""
+"""BatchNorm over ranks: `sync` is nn.BatchNorm of the whole step, `local` ends with equal and rightly weighted
+statistics.
+"""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -49,7 +51,10 @@ def forward_backward(model: nn.Module, x: Tensor, weights: Tensor) -> Result:
 
 def compare_with_whole_batch(model: nn.Module, shape: Sequence[int], sizes: Sequence[int]) -> None:
     """``model`` on slots of ``sizes`` rows on as many ranks against the plain ``model`` on all rows."""
-    x, weights = random((sum(sizes), *shape), 1), torch.randn(sum(sizes), *shape, generator=torch.Generator().manual_seed(2))
+    x, weights = (
+        random((sum(sizes), *shape), 1),
+        torch.randn(sum(sizes), *shape, generator=torch.Generator().manual_seed(2)),
+    )
     whole = forward_backward(copy.deepcopy(model), x, weights)
     slots = list(zip(x.split(list(sizes)), weights.split(list(sizes))))
     results = run_threads(
@@ -58,7 +63,9 @@ def compare_with_whole_batch(model: nn.Module, shape: Sequence[int], sizes: Sequ
     torch.testing.assert_close(torch.cat([result[0] for result in results]), whole[0], **TOLERANCE)
     torch.testing.assert_close(torch.cat([result[1] for result in results]), whole[1], **TOLERANCE)
     for name, expected in whole[2].items():
-        torch.testing.assert_close(sum(result[2][name] for result in results), expected, rtol=1e-4, atol=1e-4)  # measured: 5e-6
+        torch.testing.assert_close(
+            sum(result[2][name] for result in results), expected, rtol=1e-4, atol=1e-4
+        )  # measured: 5e-6
     for result in results:
         assert list(result[3]) == list(whole[3])  # state dictionaries fit both
         torch.testing.assert_close(result[3], whole[3], **TOLERANCE)
@@ -88,7 +95,12 @@ def test_vectors_are_normalised_too() -> None:
 def test_a_whole_network_of_them() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), BatchNormAct2d(4), nn.Flatten()
+        nn.Conv2d(3, 6, 3, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3),
+        BatchNormAct2d(4),
+        nn.Flatten(),
     )
     x, weights = random((7, 3, 8, 8), 1), torch.randn(7, 64, generator=torch.Generator().manual_seed(2))
     whole = forward_backward(copy.deepcopy(model), x, weights)
@@ -96,7 +108,9 @@ def test_a_whole_network_of_them() -> None:
     results = run_threads(2, lambda comm: forward_backward(synchronise(copy.deepcopy(model), comm), *slots[comm.rank]))
     for name, expected in whole[2].items():
         largest = float(expected.abs().max())
-        torch.testing.assert_close(sum(result[2][name] for result in results), expected, rtol=0, atol=1e-4 * largest + 1e-4)
+        torch.testing.assert_close(
+            sum(result[2][name] for result in results), expected, rtol=0, atol=1e-4 * largest + 1e-4
+        )
 
 
 def test_synced_layers_follow_an_untracked_start() -> None:

@@ -60,7 +60,10 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
 
 def test_the_folder_is_as_documented(tmp_path: Path) -> None:
     run_threads(2, lambda comm: save(tmp_path, comm=comm))
-    expected = {f"{name}.safetensors" for name in ("student", "teacher", "optimizer", "rows-00000-of-00002", "rows-00001-of-00002")}
+    expected = {
+        f"{name}.safetensors"
+        for name in ("student", "teacher", "optimizer", "rows-00000-of-00002", "rows-00001-of-00002")
+    }
     files = {file.name: file for file in (tmp_path / "epoch-0003").iterdir()}
     assert set(files) == expected | {"state.json", "COMPLETE.json"}
     marker = json.loads(files["COMPLETE.json"].read_text())

@@ -88,7 +88,9 @@ def test_bounds_of_the_warm_up(epochs: int, detector: DetectorConfig, shortest: 
 
 
 def test_a_warm_up_longer_than_the_paper_allows_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"detector\.max_epochs=9 is more than 0\.4 of optim\.epochs=20: set it to 8 or less"):
+    with pytest.raises(
+        ValueError, match=r"detector\.max_epochs=9 is more than 0\.4 of optim\.epochs=20: set it to 8 or less"
+    ):
         config(optim=OptimConfig(epochs=20), detector=DetectorConfig(max_epochs=9))
     fixed = DetectorConfig(rule="fixed", min_epochs=9, max_epochs=9)  # who names the epoch means it
     assert config(optim=OptimConfig(epochs=20), detector=fixed).detector.min_epochs == 9

@@ -70,7 +70,10 @@ def test_augmentation_is_drawn_per_row_epoch_and_seed_and_not_per_batch(tiny_sha
     first = bench.prepare(Slot(0, rows, 0, 30)).images
     backwards = bench.prepare(Slot(5, rows[::-1].copy(), 9, 30)).images
     assert torch.equal(first.flip(0), backwards)
-    for other in (bench.prepare(Slot(0, rows, 0, 30), epoch=1), Bench(tiny_shards, seed=1).prepare(Slot(0, rows, 0, 30))):
+    for other in (
+        bench.prepare(Slot(0, rows, 0, 30), epoch=1),
+        Bench(tiny_shards, seed=1).prepare(Slot(0, rows, 0, 30)),
+    ):
         same = [torch.equal(a, b) for a, b in zip(first, other.images)]
         assert 0 < sum(same) < 15  # one in eight keeps its symmetry by chance
 

@@ -14,7 +14,8 @@ from adagc_dist.model import create_student, set_prior_bias
 
 
 def make(name: str = "test_resnet", *, bands: int = 12, seed: int = 0, **options: object) -> nn.Module:
-    return create_student(ModelConfig(name=name, **options), num_bands=bands, num_classes=19, seed=seed)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    return create_student(ModelConfig(name=name, **options), num_bands=bands, num_classes=19, seed=seed)
 
 
 @pytest.mark.parametrize("bands", [1, 3, 12])

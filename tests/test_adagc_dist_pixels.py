@@ -15,14 +15,19 @@ from sharding.loader import BandGroup, PatchReader, select_bands
 from sharding.manifest import load_manifest, load_table
 from sharding.plan import Slot
 
-GROUPS = (BandGroup(0, (0, 1), ("B02", "B03"), (12, 12)), BandGroup(1, (0,), ("B05",), (6, 6)), BandGroup(2, (1,), ("B09",), (2, 2)))
+GROUPS = (
+    BandGroup(0, (0, 1), ("B02", "B03"), (12, 12)),
+    BandGroup(1, (0,), ("B05",), (6, 6)),
+    BandGroup(2, (1,), ("B09",), (2, 2)),
+)
 STATISTICS = {"B02": (1000.0, 200.0), "B03": (500.0, 50.0), "B05": (2000.0, 400.0), "B09": (0.0, 1.0)}
 
 
 def patches(count: int, seed: int = 0) -> list[Tensor]:
     rng = np.random.default_rng(seed)
     return [
-        torch.from_numpy(rng.integers(0, 65536, (count, len(group.bands), *group.shape), dtype=np.uint16)) for group in GROUPS
+        torch.from_numpy(rng.integers(0, 65536, (count, len(group.bands), *group.shape), dtype=np.uint16))
+        for group in GROUPS
     ]
 
 

@@ -1,5 +1,7 @@
 """The learning rate: up, level until the trigger, then down to nothing."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +25,7 @@ def test_half_a_cosine_after_the_trigger() -> None:
     assert rates[40] == 0.2
     assert rates[70] == pytest.approx(0.1)
     assert rates[55] == pytest.approx(0.2 * 0.5 * (1 + 0.5**0.5))
-    assert all(a > b for a, b in zip(rates[40:], rates[41:]))
+    assert all(a > b for a, b in pairwise(rates[40:]))
     assert 0 < rates[99] < 0.2 * 0.001  # the last step still learns
     assert rates[100] == 0
 
@@ -36,7 +38,10 @@ def test_a_decay_from_the_start_keeps_the_warm_up() -> None:
 
 
 @given(
-    step=st.integers(0, 500), warmup=st.integers(0, 60), total=st.integers(1, 400), start=st.none() | st.integers(0, 400)
+    step=st.integers(0, 500),
+    warmup=st.integers(0, 60),
+    total=st.integers(1, 400),
+    start=st.none() | st.integers(0, 400),
 )
 def test_it_stays_between_0_and_the_peak(step: int, warmup: int, total: int, start: int | None) -> None:
     assert 0 <= rate(step, start, warmup, total) <= 0.2

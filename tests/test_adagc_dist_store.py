@@ -189,7 +189,9 @@ def test_the_first_prediction_is_taken_as_it_is_and_later_ones_blend() -> None:
 def test_what_stands_in_a_row_that_was_never_written_is_no_matter() -> None:
     store = small_store(SoloComm())
     old = torch.full((6, 2), 1e8)
-    store.load_state({"rows": torch.arange(6, dtype=torch.int32), "values": old, "marks": torch.zeros(6, dtype=torch.int16)})
+    store.load_state(
+        {"rows": torch.arange(6, dtype=torch.int32), "values": old, "marks": torch.zeros(6, dtype=torch.int16)}
+    )
     value = torch.tensor([[0.3, 0.7]])
     assert torch.equal(store.blend(index(2), value), value)
 
@@ -282,7 +284,9 @@ def test_a_plan_that_asks_for_a_row_of_nobody_is_told() -> None:
         store = small_store(comm, [0, 1, 2] if comm.rank == 0 else [3, 4])
         rows = index(0, 1, 5) if comm.rank == 0 else index(2, 3)
         if comm.rank == 0:
-            with pytest.raises(RuntimeError, match="rank 0 received 2 of 3 rows: the ranks' rows do not cover the split"):
+            with pytest.raises(
+                RuntimeError, match="rank 0 received 2 of 3 rows: the ranks' rows do not cover the split"
+            ):
                 store.sync(rows)
         else:
             store.sync(rows)
@@ -298,7 +302,9 @@ def test_state_and_load_state_are_copies_of_everything() -> None:
     other.load_state(saved)
     blend_rows(store, 2, 2, 4)
     assert other.rows.tolist() == [2, 0, 1, 3, 5, 4]
-    assert {name: tensor.tolist() for name, tensor in other.state().items()} == {n: t.tolist() for n, t in saved.items()}
+    assert {name: tensor.tolist() for name, tensor in other.state().items()} == {
+        n: t.tolist() for n, t in saved.items()
+    }
     blend_rows(other, 0)
     assert saved["values"][1].tolist() == [0.0, 0.0]  # loading took a copy
 

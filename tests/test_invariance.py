@@ -98,8 +98,8 @@ def set_mid_training(trainer: Trainer) -> None:
 
 
 def optimizer_state(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
-    """Moments as after 50 steps. From zero AdamW's first change is the gradient's sign, which rounding decides where the
-    gradient is nothing but rounding."""
+    """Moments as after 50 steps. From zero AdamW's first change is the gradient's sign, which rounding decides where
+    the gradient is nothing but rounding."""
     for name, parameter in trainer.engine.student.named_parameters():
         yield f"{name}/step", torch.tensor(50.0)
         yield f"{name}/exp_avg", random_like(parameter, f"first {name}", low=-0.01, high=0.01)

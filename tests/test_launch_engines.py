@@ -80,7 +80,9 @@ def test_a_loaded_optimiser_goes_on_to_the_bit() -> None:
     assert train(first, range(3, 6), accumulation=2) == train(second, range(3, 6), accumulation=2)
     for name, tensor in first.student.state_dict().items():
         assert torch.equal(tensor, second.student.state_dict()[name])
-    assert set(first.state()) == {f"{n}/{k}" for n, _ in small_student().named_parameters() for k in ("step", "exp_avg", "exp_avg_sq")}
+    assert set(first.state()) == {
+        f"{n}/{k}" for n, _ in small_student().named_parameters() for k in ("step", "exp_avg", "exp_avg_sq")
+    }
 
 
 def test_loading_replaces_what_was_there() -> None:
@@ -98,7 +100,9 @@ def test_gradients_are_clipped_to_the_norm(limit: float, clipped: bool, monkeypa
     left = []
     optimise = engine._optimizer.step
     monkeypatch.setattr(
-        engine._optimizer, "step", lambda: (left.append([p.grad.norm() for p in engine.student.parameters()]), optimise())
+        engine._optimizer,
+        "step",
+        lambda: (left.append([p.grad.norm() for p in engine.student.parameters()]), optimise()),
     )
     told = engine.step(0.01)
     assert before > 0.6
@@ -124,7 +128,9 @@ def test_half_precision_computes_in_bfloat16_and_tells_in_float32() -> None:
     assert 1e-5 < (logits[0] - logits[1]).abs().max() < 0.05
     half.backward(logits[0].sum(), last=True)
     assert {parameter.dtype for parameter in half.student.parameters()} == {torch.float32}
-    assert {parameter.grad.dtype for parameter in half.student.parameters() if parameter.grad is not None} == {torch.float32}
+    assert {parameter.grad.dtype for parameter in half.student.parameters() if parameter.grad is not None} == {
+        torch.float32
+    }
 
 
 def test_a_forward_pass_trains_whatever_mode_an_evaluation_left() -> None:

@@ -48,7 +48,12 @@ def test_overrides_win_over_the_recipe_and_the_last_of_them_over_all() -> None:
         ("data.bands=B08", "data", "bands", ("B08",)),
         ("data.augment=false", "data", "augment", False),
         ("model.kwargs.img_size=120", "model", "kwargs", {"img_size": 120}),
-        ("model.kwargs={img_size: 60, drop_path_rate: 0.1}", "model", "kwargs", {"img_size": 60, "drop_path_rate": 0.1}),
+        (
+            "model.kwargs={img_size: 60, drop_path_rate: 0.1}",
+            "model",
+            "kwargs",
+            {"img_size": 60, "drop_path_rate": 0.1},
+        ),
         ("model.pretrained=null", "model", "pretrained", None),
         ("model.pretrained=org/name", "model", "pretrained", "org/name"),
         ("detector.max_epochs=5", "detector", "max_epochs", 5),
@@ -67,7 +72,10 @@ def test_overrides_become_values_of_the_right_type(override: str, section: str, 
 def test_model_arguments_are_added_to_those_of_the_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model: {name: test_vit, kwargs: {img_size: 60}}\n")
-    assert load("model.kwargs.drop_path_rate=0.1", recipe=recipe).model.kwargs == {"img_size": 60, "drop_path_rate": 0.1}
+    assert load("model.kwargs.drop_path_rate=0.1", recipe=recipe).model.kwargs == {
+        "img_size": 60,
+        "drop_path_rate": 0.1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -120,19 +128,22 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 
 
 def test_a_missing_recipe_names_the_nearest_and_all() -> None:
-    with pytest.raises(ValueError, match=r"there is no recipe 'reben_randm': did you mean 'reben_random'\? .*demo, reben_dom"):
+    with pytest.raises(
+        ValueError, match=r"there is no recipe 'reben_randm': did you mean 'reben_random'\? .*demo, reben_dom"
+    ):
         recipe_path("reben_randm")
 
 
 @given(
     lr=st.floats(0, 10), epochs=st.integers(10, 10**6), policy=st.sampled_from(["random", "dominant", "full"]),
-    bands=st.permutations(["B02", "B8A", "B11"]), maximum=st.none() | st.integers(1, 4), folder=st.text(min_size=1, max_size=12),
+    bands=st.permutations(["B02", "B8A", "B11"]), maximum=st.none() | st.integers(1, 4),
+    folder=st.text(min_size=1, max_size=12),
     kwargs=st.dictionaries(st.text("abc_", min_size=1), st.none() | st.booleans() | st.integers() | st.text()),
 )  # fmt: skip
 @settings(deadline=None, max_examples=25)
 def test_what_is_dumped_loads_equal(
-    tmp_path_factory: pytest.TempPathFactory, lr: float, epochs: int, policy: str, bands: list[str], maximum: int | None,
-    folder: str, kwargs: dict[str, object],
+    tmp_path_factory: pytest.TempPathFactory, lr: float, epochs: int, policy: str, bands: list[str],
+    maximum: int | None, folder: str, kwargs: dict[str, object],
 ) -> None:  # fmt: skip
     base = load(f"data.bands={','.join(bands)}", f"spml.policy={policy}")
     config = dataclasses.replace(

@@ -29,7 +29,7 @@ def test_half_an_environment_is_refused_and_says_what_is_missing(name: str) -> N
 
 
 def test_what_is_no_number_is_refused() -> None:
-    with pytest.raises(ValueError, match="RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE must be numbers: .*'five'"):
+    with pytest.raises(ValueError, match=r"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE must be numbers: .*'five'"):
         World.from_env(TORCHRUN | {"RANK": "five"})
 
 
@@ -45,7 +45,9 @@ def test_only_the_mapping_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     ("gpus", "wanted", "device"),
     [(0, "auto", "cpu"), (4, "auto", "cuda:1"), (8, "cuda", "cuda:1"), (8, "cpu", "cpu")],
 )
-def test_a_gpu_for_each_local_rank_or_none(monkeypatch: pytest.MonkeyPatch, gpus: int, wanted: str, device: str) -> None:
+def test_a_gpu_for_each_local_rank_or_none(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, wanted: str, device: str
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert World.from_env(TORCHRUN).device(wanted) == torch.device(device)
 

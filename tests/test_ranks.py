@@ -135,6 +135,10 @@ def fail_together(comm: Comm) -> str:
 
 
 def test_the_first_error_is_raised_everywhere() -> None:
-    told = ["PeerError: rank 1 failed: OSError: disk full", "OSError: disk full", "PeerError: rank 1 failed: OSError: disk full"]
+    told = [
+        "PeerError: rank 1 failed: OSError: disk full",
+        "OSError: disk full",
+        "PeerError: rank 1 failed: OSError: disk full",
+    ]
     assert run_threads(3, fail_together) == told
     assert run_ranks(2, fail_together) == told[:2]

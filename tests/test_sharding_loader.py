@@ -57,7 +57,8 @@ def test_all_bands_are_read_as_they_were_written(tiny_shards: Path, split: str) 
 
 
 @pytest.mark.parametrize(
-    "bands", [["B04"], ["B09", "B02"], ["B8A", "B03", "B11", "B08", "B02"], list(reversed(BANDS)), ["B05", "B06", "B07"]]
+    "bands",
+    [["B04"], ["B09", "B02"], ["B8A", "B03", "B11", "B08", "B02"], list(reversed(BANDS)), ["B05", "B06", "B07"]],
 )
 def test_chosen_bands_in_any_order(tiny_shards: Path, bands: list[str]) -> None:
     reader = reader_of(tiny_shards, bands)
@@ -146,7 +147,9 @@ def test_a_copy_in_this_process_opens_its_own_files(tiny_shards: Path) -> None:
     reader.read(slot_of([5]))
     copy = pickle.loads(pickle.dumps(reader))
     assert copy._files == {}
-    np.testing.assert_array_equal(copy.read(slot_of([5])).groups[0].numpy(), reader.read(slot_of([5])).groups[0].numpy())
+    np.testing.assert_array_equal(
+        copy.read(slot_of([5])).groups[0].numpy(), reader.read(slot_of([5])).groups[0].numpy()
+    )
 
 
 def damaged(shards: Path, folder: Path, row: int, bytes_kept: int) -> tuple[Manifest, LabelTable, Path]:
@@ -170,7 +173,7 @@ def test_a_truncated_shard_is_told_with_shard_key_and_offset(tiny_shards: Path, 
         f"{re.escape(str(path))} ends early: 1000 of 115200 bytes of {table.keys[40].as_py()} at offset {offset}. "
         rf"The shard is truncated \({size} bytes in the manifest\): copy or make it again"
     )
-    before = [row for row in range(32, 40)]  # in the same shard, ahead of the damage
+    before = list(range(32, 40))  # in the same shard, ahead of the damage
     with pytest.raises(ReadError, match=message):
         list(loader.read([slot_of(before), slot_of([40])]))
     assert [batch.rows.tolist() for batch in loader.read([slot_of(before)])] == [before]
@@ -181,7 +184,9 @@ def test_a_missing_shard_is_told(tiny_shards: Path, tmp_path: Path) -> None:
     (tmp_path / "copy" / "train-000001.tar").unlink()
     reader = reader_of(tmp_path / "copy")
     assert len(reader.read(slot_of([0, 31])).rows) == 2
-    with pytest.raises(ReadError, match=r"train-000001\.tar cannot be opened: No such file or directory\. The manifest lists it"):
+    with pytest.raises(
+        ReadError, match=r"train-000001\.tar cannot be opened: No such file or directory\. The manifest lists it"
+    ):
         reader.read(slot_of([0, 32]))
 
 

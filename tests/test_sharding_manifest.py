@@ -11,7 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from sharding.manifest import MANIFEST_JSON, MANIFEST_PARQUET, SPLITS, file_digest, load_manifest, load_table, write_manifest
+from sharding.manifest import (
+    MANIFEST_JSON,
+    MANIFEST_PARQUET,
+    SPLITS,
+    file_digest,
+    load_manifest,
+    load_table,
+    write_manifest,
+)
 from sharding.reben import BANDS, CLASSES
 from sharding.rng import hash_keys
 from tests.tiny import TinySource, write_tiny

@@ -15,7 +15,9 @@ shard_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 worlds = st.tuples(st.integers(1, 9), st.integers(1, 3))  # ranks, accumulation
 
 
-def make(shards: list[int], world: tuple[int, int], batch: int, *, epoch: int = 0, seed: int = 0, window: int = 0) -> EpochPlan:
+def make(
+    shards: list[int], world: tuple[int, int], batch: int, *, epoch: int = 0, seed: int = 0, window: int = 0
+) -> EpochPlan:
     """A plan, or the next example where the batch is too small for the slots."""
     num_rows, (world_size, accumulation) = sum(shards), world
     assume(num_rows // steps_per_epoch(num_rows, batch) >= 2 * world_size * accumulation)
@@ -60,7 +62,9 @@ def test_ranks_take_equal_steps_and_slots_are_whole_pairs_that_differ_by_one(
         pairs = [(size + 1) // 2 for size in sizes]
         assert max(pairs) - min(pairs) <= 1
     for rank in range(world_size):
-        assert [slot.step for slot in plan.slots(rank)] == [s for s in range(plan.num_steps) for _ in range(accumulation)]
+        assert [slot.step for slot in plan.slots(rank)] == [
+            s for s in range(plan.num_steps) for _ in range(accumulation)
+        ]
 
 
 @given(shards=shard_sizes, world=worlds, batch=st.integers(2, 120), window=st.integers(0, 13), epoch=st.integers(0, 3))
@@ -88,7 +92,9 @@ def test_a_step_and_its_pairs_do_not_depend_on_the_ranks(
 def test_a_micro_batch_of_all_ranks_does_not_depend_on_their_number(
     shards: list[int], world: tuple[int, int], batch: int
 ) -> None:
-    """So BatchNorm over all ranks, and the student that a second micro-batch sees, are the same on any number of ranks."""
+    """So BatchNorm over all ranks, and the student that a second micro-batch sees, are the same on any number of
+    ranks.
+    """
     plan, alone = make(shards, world, batch), make(shards, (1, world[1]), batch)
     for step in range(plan.num_steps):
         for micro in range(world[1]):
@@ -120,7 +126,9 @@ def test_a_window_holds_whole_shards_and_is_read_before_the_next(
     first = [int(np.argmax(read == shard)) for shard in range(len(shards))]
     by_window = np.argsort(first, kind="stable")
     start = 0
-    while start < len(plan.order):  # windows are told from the order alone: the shards that come next, taken `window` at a time
+    while start < len(
+        plan.order
+    ):  # windows are told from the order alone: the shards that come next, taken `window` at a time
         members = set(by_window[:window].tolist()) if len(by_window) >= window else set(by_window.tolist())
         stop = start + sum(shards[shard] for shard in members)
         assert set(read[start:stop].tolist()) == members
@@ -151,7 +159,9 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone_and_they_do_not_collide
 
 
 def test_windows_differ_between_epochs() -> None:
-    first, second = (plan_epoch(np.full(20, 5), epoch, seed=0, global_batch=10, window_shards=4).order for epoch in (0, 1))
+    first, second = (
+        plan_epoch(np.full(20, 5), epoch, seed=0, global_batch=10, window_shards=4).order for epoch in (0, 1)
+    )
     assert set(first[:20].tolist()) != set(second[:20].tolist())
 
 
@@ -171,8 +181,9 @@ def test_one_shard_feeds_sixty_four_ranks() -> None:
 
 def test_a_global_batch_too_small_for_the_slots_is_refused_with_its_values() -> None:
     message = (
-        r"optim\.global_batch=16 is too small: 100 rows make 7 steps of 14 rows, but 4 rank\(s\) x optim\.accumulation=2 "
-        r"need a pair of rows each, 16 rows a step\. Raise optim\.global_batch, or use fewer ranks or less accumulation"
+        r"optim\.global_batch=16 is too small: 100 rows make 7 steps of 14 rows, but 4 rank\(s\) x "
+        r"optim\.accumulation=2 need a pair of rows each, 16 rows a step\. "
+        r"Raise optim\.global_batch, or use fewer ranks or less accumulation"
     )
     with pytest.raises(ValueError, match=message):
         plan_epoch(np.array([100]), 0, seed=0, global_batch=16, world_size=4, accumulation=2)
@@ -196,7 +207,9 @@ def test_an_empty_split_is_refused() -> None:
 
 
 @given(num_rows=st.integers(0, 500), block=st.integers(1, 90), world_size=st.integers(1, 9))
-def test_evaluation_blocks_cover_the_split_and_do_not_depend_on_the_ranks(num_rows: int, block: int, world_size: int) -> None:
+def test_evaluation_blocks_cover_the_split_and_do_not_depend_on_the_ranks(
+    num_rows: int, block: int, world_size: int
+) -> None:
     dealt = [evaluation_blocks(num_rows, block, rank=rank, world_size=world_size) for rank in range(world_size)]
     together = sorted(part for parts in dealt for part in parts)
     assert together == evaluation_blocks(num_rows, block, rank=0, world_size=1)
@@ -208,7 +221,9 @@ def test_evaluation_blocks_cover_the_split_and_do_not_depend_on_the_ranks(num_ro
 
 @pytest.mark.parametrize("window", [0, 50])
 def test_six_hundred_thousand_rows_are_planned_at_once(window: int) -> None:
-    """The goal is 0.1 s; measured on two cores: 0.02 s with the rows of a rank. The bound is wide for a machine under load."""
+    """The goal is 0.1 s; measured on two cores: 0.02 s with the rows of a rank. The bound is wide for a machine under
+    load.
+    """
     shards = np.full(600, 1000)
     seconds = []
     for epoch in range(5):

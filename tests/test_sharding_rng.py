@@ -12,10 +12,23 @@ from sharding.rng import derive_rng, derive_seed, hash_keys, hashed_integers, ha
 
 
 def test_a_stream_is_its_name() -> None:
-    names = [(), ("plan",), ("plan", 0), ("plan", 1), ("plan", "0"), ("plan0",), ("pl", "an"), (0, "plan"), ("plan", 0, 0)]
+    names = [
+        (),
+        ("plan",),
+        ("plan", 0),
+        ("plan", 1),
+        ("plan", "0"),
+        ("plan0",),
+        ("pl", "an"),
+        (0, "plan"),
+        ("plan", 0, 0),
+    ]
     seeds = [derive_seed(seed, *name) for seed in (0, 1, 2**63) for name in names]
     assert len(set(seeds)) == len(seeds)
-    assert derive_rng(5, "plan", 2).integers(2**62, size=4).tolist() == derive_rng(5, "plan", 2).integers(2**62, size=4).tolist()
+    assert (
+        derive_rng(5, "plan", 2).integers(2**62, size=4).tolist()
+        == derive_rng(5, "plan", 2).integers(2**62, size=4).tolist()
+    )
 
 
 def test_seed_and_epoch_do_not_collide() -> None:
@@ -24,7 +37,8 @@ def test_seed_and_epoch_do_not_collide() -> None:
 
 
 def test_streams_are_the_same_in_every_process() -> None:
-    code = "from sharding.rng import *; print(derive_rng(3, 'plan', 5).integers(2**62), hashed_uniform(hash_keys(['a']), 1, 'x')[0])"
+    draws = "derive_rng(3, 'plan', 5).integers(2**62), hashed_uniform(hash_keys(['a']), 1, 'x')[0]"
+    code = f"from sharding.rng import *; print({draws})"
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert int(told[0]) == derive_rng(3, "plan", 5).integers(2**62)
     assert float(told[1]) == hashed_uniform(hash_keys(["a"]), 1, "x")[0]
@@ -34,7 +48,10 @@ def test_the_streams_stay_what_they_were() -> None:
     """Golden values: a change of any of them changes the order and the labels of every run that was ever started."""
     assert derive_seed(0, "plan", 0) == 2056733120879916990
     assert hash_keys(["S2A_MSIL2A_20170613T101031_N9999_R022_T33UUP_26_57"]).tolist() == [7240375752017035125]
-    assert hashed_uniform(np.array([0, 1], dtype=np.uint64), 0, "spml").tolist() == [0.8545712969698435, 0.3960638098123168]
+    assert hashed_uniform(np.array([0, 1], dtype=np.uint64), 0, "spml").tolist() == [
+        0.8545712969698435,
+        0.3960638098123168,
+    ]
 
 
 @given(keys=st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=30), seed=st.integers(0, 2**40))
@@ -51,7 +68,11 @@ def test_draws_are_uniform_and_streams_unrelated() -> None:
     hashes = hash_keys(f"patch_{number}" for number in range(20_000))
     first = hashed_uniform(hashes, 0, "augment", 0)
     assert stats.kstest(first, "uniform").pvalue > 1e-3
-    for other in (hashed_uniform(hashes, 1, "augment", 0), hashed_uniform(hashes, 0, "augment", 1), hashed_uniform(hashes, 0, "mixup", 0)):
+    for other in (
+        hashed_uniform(hashes, 1, "augment", 0),
+        hashed_uniform(hashes, 0, "augment", 1),
+        hashed_uniform(hashes, 0, "mixup", 0),
+    ):
         assert abs(np.corrcoef(first, other)[0, 1]) < 0.03  # four standard errors of 20,000 unrelated pairs
 
 

@@ -1,4 +1,6 @@
-"""Whole runs: the command a user types, on two ranks, from an empty folder to a trained teacher, and again after a crash."""
+"""Whole runs: the command a user types, on two ranks, from an empty folder to a trained teacher, and again after a
+crash.
+"""
 
 import io
 import json
@@ -94,7 +96,9 @@ def absent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory, absent: Path) -> Path:
-    """A run made by the command itself, through torchrun, from another folder, without the packages it does not need."""
+    """A run made by the command itself, through torchrun, from another folder, without the packages it does not
+    need.
+    """
     root = tmp_path_factory.mktemp("runs")
     arguments = ["demo", *tiny_settings(tiny_shards, root / "first", *TRIGGERED), "--nproc-per-node", "2"]
     result = subprocess.run(
@@ -177,8 +181,8 @@ def curves_of(run: Path) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_has_the_curves(finished: Path) -> None:
     curves = curves_of(finished)
     assert {
-        "loss/bce", "loss/gc", "learning_rate", "gradient_norm", "map/noisy_teacher", "map/true_teacher", "trigger_epoch",
-        "pseudo/recall", "speed/samples_per_second", "speed/data_wait_share",
+        "loss/bce", "loss/gc", "learning_rate", "gradient_norm", "map/noisy_teacher", "map/true_teacher",
+        "trigger_epoch", "pseudo/recall", "speed/samples_per_second", "speed/data_wait_share",
     } <= set(curves)  # fmt: skip
     assert curves["trigger_epoch"] == [(16, 1.0)]
     assert [step for step, _ in curves["map/noisy_teacher"]] == [8, 16, 24, 32, 40]
@@ -214,7 +218,9 @@ def kill_after_epoch(settings: Sequence[str], run: Path, epoch: int) -> None:
 
 
 @pytest.mark.parametrize("epoch", [0, 2])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(tiny_shards: Path, finished: Path, tmp_path: Path, epoch: int) -> None:
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    tiny_shards: Path, finished: Path, tmp_path: Path, epoch: int
+) -> None:
     """In warm-up and after the trigger: the same teacher to the bit, and each epoch's line once."""
     run = tmp_path / "killed"
     settings = tiny_settings(tiny_shards, run, *TRIGGERED)
@@ -267,7 +273,9 @@ def test_another_run_in_the_same_folder_is_refused(finished: Path, tiny_shards: 
 
 def test_a_folder_that_is_no_run_is_left_alone(tiny_shards: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("important")
-    assert f"run.dir={tmp_path} exists and is no run: name another folder" in refused(tiny_settings(tiny_shards, tmp_path))
+    assert f"run.dir={tmp_path} exists and is no run: name another folder" in refused(
+        tiny_settings(tiny_shards, tmp_path)
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -289,8 +297,8 @@ def test_more_epochs_continue_a_finished_run(copy: Path, finished: Path) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda classes: ["Towns", *classes[1:]], r"the classes of \S+ are not those of this configuration \('Urban fabric' against 'Towns'\)"),
-        (lambda classes: [classes[1], classes[0], *classes[2:]], r"the classes of \S+ are not .*'Urban fabric' against 'Industrial"),
+        (lambda classes: ["Towns", *classes[1:]], r"'Urban fabric' against 'Towns'\)"),
+        (lambda classes: [classes[1], classes[0], *classes[2:]], r"'Urban fabric' against 'Industrial"),
     ],
 )  # fmt: skip
 def test_other_classes_than_the_checkpoints_are_refused(
@@ -302,7 +310,7 @@ def test_other_classes_than_the_checkpoints_are_refused(
     (shards / "manifest.json").write_text(json.dumps(manifest | {"classes": change(manifest["classes"])}))
     settings = [f"run.dir={copy}", f"optim.epochs={EPOCHS + 1}", f"data.shards={shards}"]
     told = refused(settings, recipe=copy / "config.yaml")
-    assert re.search(message, told)
+    assert re.search(r"the classes of \S+ are not those of this configuration \(" + message, told)
     assert "keep data.shards and data.bands as in its training" in told
 
 
@@ -325,7 +333,12 @@ def test_a_damaged_checkpoint_is_told(copy: Path) -> None:
         ["engine.batchnorm=sync"],
         ["optim.accumulation=2", "run.eval_student=true"],
         ["data.bands=B04,B03,B02,B8A", "data.window_shards=1", "data.workers=1"],
-        ["method.mixup_alpha=0", "method.combine=product", "detector.rewind=false", "model.kwargs.norm_layer=groupnorm1"],
+        [
+            "method.mixup_alpha=0",
+            "method.combine=product",
+            "detector.rewind=false",
+            "model.kwargs.norm_layer=groupnorm1",
+        ],
     ],
     ids=" ".join,
 )
@@ -355,7 +368,9 @@ def test_full_labels_are_more_than_single_ones(tiny_shards: Path, tmp_path: Path
 
 
 def test_a_run_that_diverges_says_so(tiny_shards: Path, tmp_path: Path) -> None:
-    settings = tiny_settings(tiny_shards, tmp_path / "run", "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=0")
+    settings = tiny_settings(
+        tiny_shards, tmp_path / "run", "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=0"
+    )
     told = train("demo", settings)
     assert [code for code, _ in told] == [1, 1]
     assert "\nadagc train: the model's scores are not finite: training has diverged. Lower optim.lr" in told[0][1]

@@ -1,4 +1,6 @@
-"""A small data set for tests: patches of reBEN's shape that can be learnt from, without a TIFF, and settings to train on them in seconds."""
+"""A small data set for tests: patches of reBEN's shape that can be learnt from, without a TIFF, and settings to train
+on them in seconds.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -59,7 +61,9 @@ class TinySource:
         spectra = derive_rng(0, "spectra").uniform(500, 4000, (len(self.classes), len(reben.BANDS)))
         level_D = dict(zip(reben.BANDS, share_C @ spectra))
         payload = {
-            member.name: np.stack([rng.normal(level_D[band], 200, member.shape[1:]).clip(0, 10_000) for band in member.bands]).astype(np.uint16)
+            member.name: np.stack(
+                [rng.normal(level_D[band], 200, member.shape[1:]).clip(0, 10_000) for band in member.bands]
+            ).astype(np.uint16)
             for member in self.members
         }
         return Sample(key, payload, labels_C, share_C, Place(32633, 600_000.0, 5_300_040.0))
