@@ -4,6 +4,7 @@ The command line, the tests and the searches all come through ``load_config``. A
 nearest right one: a misspelt learning rate must not train for a week at the default.
 """
 
+import copy
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,13 +38,16 @@ def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Con
     for override in overrides:
         _apply(tree, override)
     _check_keys(tree)
+    # As written, and taken before the parser sees it: it would make a number of the string "0".
+    kwargs = copy.deepcopy(tree.get("model", {}).get("kwargs")) or {}
     parser = ArgumentParser(exit_on_error=False, prog="adagc")
     parser.add_class_arguments(Config)
     try:
         values = parser.instantiate(parser.parse_object(tree))
     except ArgumentError as error:
         raise ValueError(" ".join(str(error).replace("Parser key", "key").split())) from error
-    return Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
+    config = Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, kwargs=kwargs))
 
 
 def dump_config(config: Config) -> str:

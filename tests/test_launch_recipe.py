@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adagc_dist.config import Config
@@ -140,6 +140,7 @@ def test_a_missing_recipe_names_the_nearest_and_all() -> None:
     folder=st.text(min_size=1, max_size=12),
     kwargs=st.dictionaries(st.text("abc_", min_size=1), st.none() | st.booleans() | st.integers() | st.text()),
 )  # fmt: skip
+@example(lr=1e-5, epochs=20, policy="full", bands=["B02", "B8A", "B11"], maximum=None, folder="0", kwargs={"_": "0"})
 @settings(deadline=None, max_examples=25)
 def test_what_is_dumped_loads_equal(
     tmp_path_factory: pytest.TempPathFactory, lr: float, epochs: int, policy: str, bands: list[str],
