@@ -12,6 +12,7 @@ shard k of a split holds the rows ``start_k .. start_k + rows_k - 1`` in the ord
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,7 +45,7 @@ __all__ = [
     "write_manifest",
 ]
 
-SCHEMA = 1
+SCHEMA = 2
 SPLITS = ("train", "validation", "test")
 MANIFEST_JSON = "manifest.json"
 MANIFEST_PARQUET = "manifest.parquet"
@@ -59,7 +60,7 @@ class Member:
         bands: the band names along axis 0, in order.
         shape: of the array, e.g. (4, 120, 120).
         dtype: numpy name, e.g. "uint16".
-        header: bytes of the .npy header before the first pixel.
+        header: bytes of the .npy header before the first pixel; 0 of an encoded image.
     """
 
     name: str
@@ -68,10 +69,22 @@ class Member:
     dtype: str
     header: int
 
+    @property
+    def encoded(self) -> bool:
+        """Whether it is an image that has to be decoded (JPEG, PNG), of any number of bytes."""
+        return not self.name.endswith("npy")
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Of the decoded array."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its file name in the folder, its split, how many rows, its size in bytes and xxh3-128 digest (hex)."""
+    """One tar: its name below the folder of tars, its split, how many rows, its size in bytes, and its xxh3-128 digest
+    (hex; empty where it was indexed without reading it whole).
+    """
 
     name: str
     split: str
@@ -84,36 +97,48 @@ class Shard:
 class Statistics:
     """Mean and standard deviation per band, in the order of ``Manifest.bands``, over all pixels of the train split.
 
-    ``interpolation`` names the pixels they were taken from: "native" is before any resampling (bilinear resampling to
-    10 m lowers the standard deviation of the 20 m and 60 m bands by up to 2 %).
+    ``interpolation`` names the pixels they were taken from: "native" is before any resampling, "bilinear" after that to
+    ``side`` x ``side`` (it lowers the standard deviation of reBEN's 20 m and 60 m bands by up to 2 %).
     """
 
     interpolation: str
+    side: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a shard folder but its rows."""
+    """Everything about a shard folder but its rows.
+
+    Attributes:
+        root: the local folder of the two manifest files.
+        origin: where the tars are if not in ``root``: a local folder or a URL; empty if they are.
+        statistics: native first; more where members of different sizes are resampled to one.
+    """
 
     root: Path
     dataset: str
     classes: tuple[str, ...]
     members: tuple[Member, ...]
     shards: tuple[Shard, ...]
-    statistics: Statistics
+    statistics: tuple[Statistics, ...]
     seed: int
     table_digest: str
+    origin: str = ""
 
     @cached_property
     def bands(self) -> tuple[str, ...]:
         """Band names in the order of the members."""
         return tuple(band for member in self.members for band in member.bands)
 
-    def band_statistics(self) -> dict[str, tuple[float, float]]:
-        """Band name -> mean and standard deviation, in digital numbers."""
-        return dict(zip(self.bands, zip(self.statistics.mean, self.statistics.std)))
+    def band_statistics(self, side: int = 0) -> dict[str, tuple[float, float]]:
+        """Band name -> mean and standard deviation, in digital numbers: those of pixels resampled to ``side``, if they
+        were measured, else the native ones.
+        """
+        known = {statistics.side: statistics for statistics in self.statistics}
+        found = known.get(side, self.statistics[0])
+        return dict(zip(self.bands, zip(found.mean, found.std)))
 
     def rows_per_shard(self, split: str) -> NDArray[np.int64]:
         """int64 [shards of the split]: rows in each, in row order."""
@@ -142,7 +167,8 @@ class LabelTable:
         shard_N: int32, index into ``Manifest.shards``.
         offsets_NM: int64, first byte of each payload member in its tar (after the tar header, at the .npy header).
         sizes_NM: int64, bytes of each payload member.
-        digests_NM: uint64, xxh3-64 of each payload member's bytes.
+        digests_NM: uint64, xxh3-64 of each payload member's bytes, or None where a tar was indexed without reading it
+            whole.
     """
 
     split: str
@@ -152,7 +178,7 @@ class LabelTable:
     shard_N: NDArray[np.int32]
     offsets_NM: NDArray[np.int64]
     sizes_NM: NDArray[np.int64]
-    digests_NM: NDArray[np.uint64]
+    digests_NM: NDArray[np.uint64] | None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -164,7 +190,7 @@ class LabelTable:
 
 def table_schema(num_classes: int, num_members: int) -> pa.Schema:
     """The columns of manifest.parquet. A row without map has null coverage; without georeference null crs and
-    origin.
+    origin; in a tar that was not read whole null digests.
     """
     return pa.schema([
         ("split", pa.string()),
@@ -245,13 +271,12 @@ def _from_record(root: Path, record: Mapping[str, Any]) -> Manifest:
             Member(m["name"], tuple(m["bands"]), tuple(m["shape"]), m["dtype"], m["header"]) for m in record["members"]
         ),
         shards=tuple(Shard(**shard) for shard in record["shards"]),
-        statistics=Statistics(
-            record["statistics"]["interpolation"],
-            tuple(record["statistics"]["mean"]),
-            tuple(record["statistics"]["std"]),
+        statistics=tuple(
+            Statistics(s["interpolation"], s["side"], tuple(s["mean"]), tuple(s["std"])) for s in record["statistics"]
         ),
         seed=record["seed"],
         table_digest=record["table_digest"],
+        origin=record["origin"],
     )
 
 
@@ -282,7 +307,7 @@ def load_table(manifest: Manifest, split: str) -> LabelTable:
         shard_N=_only_chunk(table, "shard").to_numpy(),
         offsets_NM=_matrix(table, "offset", num_members),
         sizes_NM=_matrix(table, "size", num_members),
-        digests_NM=_matrix(table, "digest", num_members),
+        digests_NM=None if _only_chunk(table, "digest").null_count else _matrix(table, "digest", num_members),
     )
 
 

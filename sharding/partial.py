@@ -21,6 +21,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sharding.statistics import BandSums
+
 __all__ = ["FinishedShard", "Partial", "compare_settings", "replace_durably", "sync"]
 
 
@@ -30,8 +32,8 @@ class FinishedShard:
 
     Attributes:
         name, split, rows, bytes, digest: as in ``manifest.Shard``.
-        sums, squares: per band of the members, over all pixels of the shard: exact integers, so the order of shards
-            is no matter.
+        sums: over all pixels of the shard, per band: native, and resampled where that is done (nothing where the shard
+            is empty).
         maps_missing: keys of the rows without a reference map.
         disagreements: keys of the rows whose labels are not the classes of their map.
         skipped: (patch, file, message) of the patches left out.
@@ -44,8 +46,7 @@ class FinishedShard:
     rows: int = 0
     bytes: int = 0
     digest: str = ""
-    sums: list[int] = field(default_factory=list)
-    squares: list[int] = field(default_factory=list)
+    sums: list[BandSums] = field(default_factory=list)
     maps_missing: list[str] = field(default_factory=list)
     disagreements: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
@@ -95,6 +96,7 @@ class Partial:
         table = pq.read_table(path)
         record = json.loads(table.schema.metadata[b"shard"])
         record["skipped"] = [tuple(item) for item in record["skipped"]]
+        record["sums"] = [BandSums(**{k: tuple(v) for k, v in sums.items()}) for sums in record["sums"]]
         shard = FinishedShard(**record, table=table.replace_schema_metadata())
         tar = self.out / f"{name}.tar"
         whole = not shard.rows or (tar.is_file() and tar.stat().st_size == shard.bytes)
@@ -102,6 +104,7 @@ class Partial:
 
     def save(self, shard: FinishedShard) -> None:
         record = {name: value for name, value in vars(shard).items() if name != "table"}
+        record["sums"] = [vars(sums) for sums in shard.sums]
         path = self.folder / f"{shard.name}.parquet"
         temporary = self.folder / f"{shard.name}.tmp.{os.getpid()}"
         pq.write_table(shard.table.replace_schema_metadata({"shard": json.dumps(record)}), temporary)

@@ -33,7 +33,7 @@ class Sample:
     """
 
     key: str
-    payload: Mapping[str, NDArray[np.uint16] | bytes]
+    payload: Mapping[str, NDArray[np.generic] | bytes]
     labels_C: NDArray[np.bool_]
     coverage_C: NDArray[np.float32] | None
     place: Place | None
@@ -54,10 +54,11 @@ def encode_members(sample: Sample, classes: tuple[str, ...]) -> dict[str, bytes]
     return members
 
 
-def _npy(array: NDArray[np.uint16]) -> bytes:
+def _npy(array: NDArray[np.generic]) -> bytes:
     """The .npy form, version 1.0: a header of 128 bytes for our shapes, then the pixels, little-endian, C order."""
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array, dtype="<u2"), version=(1, 0), allow_pickle=False)
+    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    np.lib.format.write_array(buffer, little, version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
 
 

@@ -14,10 +14,11 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from sharding.manifest import file_digest, table_schema
+from sharding.manifest import Member, file_digest, table_schema
 from sharding.partial import FinishedShard, Partial, replace_durably
 from sharding.sample import Sample, encode_members
 from sharding.sources import PatchError, PatchSource
+from sharding.statistics import BandSums, add_sums, largest_side, measure
 
 __all__ = ["ShardTask", "write_shard"]
 
@@ -72,7 +73,7 @@ def _write_tar(task: ShardTask, path: Path, shard: FinishedShard) -> tuple[list[
     import webdataset  # imports torch: seconds that only those who write have to wait for
 
     samples, digests = [], []
-    totals = _Totals()
+    native, resampled, side = None, None, largest_side(task.source.members)
     with path.open("wb") as stream, webdataset.TarWriter(stream, **_TAR) as tar, task.source.session():
         for key, labels_C in zip(task.keys, task.labels_NC):
             try:
@@ -85,28 +86,17 @@ def _write_tar(task: ShardTask, path: Path, shard: FinishedShard) -> tuple[list[
             members = encode_members(sample, task.source.classes)
             tar.write({"__key__": key, **members})
             digests.append([xxhash.xxh3_64_intdigest(members[name]) for name in sample.payload])
-            totals.add(sample)
+            native = _add(native, task.source.members, sample, side=0)
+            resampled = _add(resampled, task.source.members, sample, side=side) if side else None
             _compare_with_map(sample, shard)
             samples.append(Sample(key, {}, labels_C, sample.coverage_C, sample.place))
-    shard.sums, shard.squares = totals.sums, totals.squares
+    shard.sums = [sums for sums in (native, resampled) if sums is not None]
     return samples, digests
 
 
-class _Totals:
-    """Sum and sum of squares per band, as Python integers."""
-
-    def __init__(self) -> None:
-        self.sums: list[int] = []
-        self.squares: list[int] = []
-
-    def add(self, sample: Sample) -> None:
-        arrays = [value.reshape(len(value), -1) for value in sample.payload.values() if isinstance(value, np.ndarray)]
-        # float64 is exact here: 14,400 squares of 16 bits stay below 2**53, and it is ten times faster than uint64
-        wide = [array.astype(np.float64) for array in arrays]
-        sums = [int(value) for x in wide for value in x.sum(axis=1)]
-        squares = [int(value) for x in wide for value in np.einsum("dp,dp->d", x, x)]
-        self.sums = [a + b for a, b in zip(self.sums or [0] * len(sums), sums)]
-        self.squares = [a + b for a, b in zip(self.squares or [0] * len(squares), squares)]
+def _add(sums: BandSums | None, members: tuple[Member, ...], sample: Sample, *, side: int) -> BandSums:
+    one = measure(members, sample.payload, side)
+    return one if sums is None else add_sums(sums, one)
 
 
 def _compare_with_map(sample: Sample, shard: FinishedShard) -> None:

@@ -6,9 +6,9 @@ ground) and cut into shards; a shard is one task. Letters: N rows of a shard, C 
 """
 
 import json
-import math
 import time
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ from sharding.progress import Progress
 from sharding.rng import derive_rng
 from sharding.shardfile import ShardTask, write_shard
 from sharding.sources import Index, PatchSource
+from sharding.statistics import add_sums, largest_side, statistics_of
 
 __all__ = ["REPORT_JSON", "Outcome", "write_shards"]
 
 REPORT_JSON = "report.json"
-FORMAT = 1  # of packing and tar members; part of the settings, so that shards of two versions never mix
+FORMAT = 2  # of packing and tar members; part of the settings, so that shards of two versions never mix
 
 
 @dataclass(frozen=True)
@@ -199,17 +200,15 @@ def _numbered(shards: list[FinishedShard]) -> pa.Table:
     return pa.concat_tables(tables).combine_chunks()
 
 
-def _statistics(source: PatchSource, shards: list[FinishedShard]) -> Statistics:
-    """Mean and standard deviation per band over native pixels; 0 and 1 where there is no train split."""
-    rows = sum(shard.rows for shard in shards)
-    pixels = [rows * int(np.prod(member.shape[1:])) for member in source.members for _ in member.bands]
-    if not rows:
-        return Statistics("native", (0.0,) * len(pixels), (1.0,) * len(pixels))
-    sums = [sum(values) for values in zip(*(shard.sums for shard in shards))]
-    squares = [sum(values) for values in zip(*(shard.squares for shard in shards))]
-    mean = tuple(total / n for total, n in zip(sums, pixels))
-    std = tuple(math.sqrt((n * square - total * total) / (n * n)) for total, square, n in zip(sums, squares, pixels))
-    return Statistics("native", mean, std)
+def _statistics(source: PatchSource, shards: list[FinishedShard]) -> tuple[Statistics, ...]:
+    """Native, and resampled to the largest member's side where the members' sizes differ."""
+    sides = (0, side) if (side := largest_side(source.members)) else (0,)
+    num_bands = sum(len(member.bands) for member in source.members)
+    found = []
+    for kind, side in enumerate(sides):
+        parts = [shard.sums[kind] for shard in shards]
+        found.append(statistics_of(reduce(add_sums, parts) if parts else None, num_bands, side))
+    return tuple(found)
 
 
 def _report(shards: list[FinishedShard], settings: dict[str, Any]) -> dict[str, Any]:

@@ -142,8 +142,8 @@ def test_statistics_are_those_of_the_train_pixels(whole_tree: Path, shards: Path
     manifest = load_manifest(shards)
     keys = load_table(manifest, "train").keys.to_pylist()
     bands = [bands_of(whole_tree, key) for key in keys]
-    assert manifest.statistics.interpolation == "native"
-    for band, mean, std in zip(manifest.bands, manifest.statistics.mean, manifest.statistics.std):
+    assert [found.interpolation for found in manifest.statistics] == ["native", "bilinear"]
+    for band, mean, std in zip(manifest.bands, manifest.statistics[0].mean, manifest.statistics[0].std):
         pixels = np.stack([one[band] for one in bands]).astype(np.float64)
         assert mean == pytest.approx(pixels.mean(), rel=1e-12)
         assert std == pytest.approx(pixels.std(), rel=1e-12)
@@ -157,7 +157,7 @@ def test_statistics_are_exact_at_the_limits_of_uint16(tree: Path, tmp_path: Path
         with rasterio.open(path, "r+") as tiff:
             tiff.write(np.full((1, 120, 120), 65_535 - number % 2, dtype=np.uint16))
     convert(tree, tmp_path / "shards")
-    statistics = load_manifest(tmp_path / "shards").statistics
+    statistics = load_manifest(tmp_path / "shards").statistics[0]
     share = (len(keys) // 2) / len(keys)
     assert statistics.mean[0] == pytest.approx(65_535 - share, rel=1e-15)
     assert statistics.std[0] == pytest.approx(math.sqrt(share * (1 - share)), rel=1e-12)
@@ -166,7 +166,7 @@ def test_statistics_are_exact_at_the_limits_of_uint16(tree: Path, tmp_path: Path
 def test_no_train_split(tmp_path: Path) -> None:
     write_tree(tmp_path / "tree", 5, shares=(0.0, 0.0, 1.0), workers=0)
     manifest = convert(tmp_path / "tree", tmp_path / "shards").manifest
-    assert (manifest.statistics.mean[0], manifest.statistics.std[0]) == (0.0, 1.0)
+    assert (manifest.statistics[0].mean[0], manifest.statistics[0].std[0]) == (0.0, 1.0)
     with pytest.raises(ValueError, match=r"split 'train' of .* is empty"):
         load_table(manifest, "train")
 

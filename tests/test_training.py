@@ -151,7 +151,7 @@ def test_the_teacher_carries_what_it_is_bound_to(finished: Path, tiny_shards: Pa
     manifest = json.loads((tiny_shards / "manifest.json").read_text())
     assert metadata["classes"] == manifest["classes"]
     assert len(metadata["bands"]) == 12
-    assert metadata["statistics"]["B02"] == [manifest["statistics"]["mean"][0], manifest["statistics"]["std"][0]]
+    assert metadata["statistics"]["B02"] == [manifest["statistics"][0]["mean"][0], manifest["statistics"][0]["std"][0]]
 
 
 def test_old_checkpoints_were_deleted_and_the_last_one_is_whole(finished: Path) -> None:

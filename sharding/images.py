@@ -1,0 +1,44 @@
+"""Encoded images (JPEG, PNG) that stay encoded in the shards: what is read of them, and where they become pixels."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["IMAGE_NAMES", "RGB", "decode_image", "image_size"]
+
+IMAGE_NAMES = ("jpg", "jpeg", "png")  # extensions of members that hold encoded images
+RGB = ("R", "G", "B")
+
+
+def decode_image(data: bytes | bytearray | memoryview) -> NDArray[np.uint8]:
+    """uint8 [3, H, W] of an encoded image; grey and palette images become RGB.
+
+    Raises:
+        ValueError: the bytes are no image, or it is damaged.
+    """
+    pixels: NDArray[np.uint8] = _opened(data, lambda image: np.asarray(image.convert("RGB")))
+    return pixels.transpose(2, 0, 1)
+
+
+def image_size(data: bytes | bytearray | memoryview) -> tuple[int, int]:
+    """(height, width) from the header alone.
+
+    Raises:
+        ValueError: the bytes are no image.
+    """
+    size: tuple[int, int] = _opened(data, lambda image: image.size[::-1])
+    return size
+
+
+def _opened(data: bytes | bytearray | memoryview, use: Callable[[Any], Any]) -> Any:
+    from PIL import Image  # training from arrays does without
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return use(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        # Pillow's UnidentifiedImageError is an OSError; damaged PNG chunks are SyntaxErrors
+        raise ValueError(f"no image that can be decoded ({error})") from error
