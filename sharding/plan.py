@@ -15,7 +15,7 @@ another number of ranks at any step, and its place is two integers. Evaluation i
 in turn.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,7 +24,10 @@ from numpy.typing import NDArray
 
 from sharding.rng import derive_rng
 
-__all__ = ["EpochPlan", "Slot", "evaluation_blocks", "plan_epoch", "steps_per_epoch"]
+__all__ = ["EpochPlan", "Slot", "evaluation_blocks", "evaluation_staging", "plan_epoch", "steps_per_epoch"]
+
+_ROWS_AT_ONCE = 1 << 22  # bounds the memory of a vectorised pass over the steps
+_WINDOWS_KEPT = 2  # a step may lie in two
 
 
 @dataclass(frozen=True)
@@ -49,23 +52,38 @@ class Slot:
         return self.first_pair + np.arange(len(self.rows)) // 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EpochPlan:
-    """One epoch over N rows for K = world_size * accumulation slots a step."""
+    """One epoch over N rows for K = world_size * accumulation slots a step.
+
+    Windows of the order are drawn when they are asked for, and two of them are kept: a resume in mid-epoch draws only
+    what it reads, and memory is that of the windows, not of the split.
+    """
 
     epoch: int
-    order: NDArray[np.int32]  # [N]
+    seed: int
+    rows_per_shard: NDArray[np.int64]
+    window_shards: int
     num_steps: int
     world_size: int
     accumulation: int
 
+    @cached_property
+    def num_rows(self) -> int:
+        return int(self.rows_per_shard.sum())
+
+    @property
+    def order(self) -> NDArray[np.int32]:
+        """int32 [N]: all rows of the epoch, in order."""
+        return self._rows(0, self.num_rows)
+
     def step_rows(self, step: int) -> NDArray[np.int32]:
-        """The rows of a step over all ranks, a view; the same for every world size."""
-        return self.order[self.rows_before(step) : self.rows_before(step + 1)]
+        """The rows of a step over all ranks; the same for every world size."""
+        return self._rows(self.rows_before(step), self.rows_before(step + 1))
 
     def rows_before(self, step: int) -> int:
         """Rows of all earlier steps: floor(step * N / S), always cut from N."""
-        return step * len(self.order) // self.num_steps
+        return step * self.num_rows // self.num_steps
 
     def slot(self, step: int, rank: int, micro: int) -> Slot:
         """What ``rank`` reads in micro-batch ``micro`` of ``step``."""
@@ -81,9 +99,38 @@ class EpochPlan:
             for micro in range(self.accumulation):
                 yield self.slot(step, rank, micro)
 
+    @cached_property
+    def max_slot_rows(self) -> int:
+        """No slot of the epoch has more rows."""
+        step_pairs = (_largest_step(self.num_rows, self.num_steps) + 1) // 2
+        return 2 * -(-step_pairs // (self.world_size * self.accumulation))
+
     def rank_rows(self, rank: int) -> NDArray[np.int32]:
-        """int32: all rows that a rank reads in the epoch, in reading order."""
-        return np.concatenate([slot.rows for slot in self.slots(rank)])
+        """int32: all rows that a rank reads in the epoch, in reading order; the same as those of ``slots``."""
+        at_once = max(1, _ROWS_AT_ONCE // _largest_step(self.num_rows, self.num_steps))
+        starts = range(0, self.num_steps, at_once)
+        return np.concatenate([self._rank_rows(rank, s, min(s + at_once, self.num_steps)) for s in starts])
+
+    def _rank_rows(self, rank: int, from_step: int, to_step: int) -> NDArray[np.int32]:
+        """Those of some steps, without a loop over them."""
+        cuts = np.arange(from_step, to_step + 1, dtype=np.int64) * self.num_rows // self.num_steps
+        starts, sizes = cuts[:-1, None], np.diff(cuts)[:, None]
+        pairs, slots = (sizes + 1) // 2, self.world_size * self.accumulation
+        numbers = np.arange(self.accumulation) * self.world_size + rank
+        low = starts + np.minimum(2 * (numbers * pairs // slots), sizes)
+        high = starts + np.minimum(2 * ((numbers + 1) * pairs // slots), sizes)
+        lengths = (high - low).ravel()
+        ends = np.cumsum(lengths)
+        places = np.arange(ends[-1]) + np.repeat(low.ravel() - (ends - lengths), lengths)
+        found: NDArray[np.int32] = self._rows(int(cuts[0]), int(cuts[-1]))[places - cuts[0]]
+        return found
+
+    def staged(self, step: int) -> tuple[int, ...]:
+        """The shards (numbered within the split) of the windows that ``step`` reads and of the next one, in reading
+        order: what a cache of remote shards should hold.
+        """
+        first, last = self._window_of(self.rows_before(step)), self._window_of(self.rows_before(step + 1) - 1)
+        return tuple(shard for window in self._windows[first : last + 2] for shard in window.tolist())
 
     @property
     def num_pairs(self) -> int:
@@ -93,13 +140,71 @@ class EpochPlan:
     @cached_property
     def _pair_starts(self) -> NDArray[np.int64]:
         """int64 [S+1]: pairs of all earlier steps; a step of n rows has ceil(n/2)."""
-        cuts = np.arange(self.num_steps + 1, dtype=np.int64) * len(self.order) // self.num_steps
+        cuts = np.arange(self.num_steps + 1, dtype=np.int64) * self.num_rows // self.num_steps
         return np.concatenate([[0], np.cumsum((np.diff(cuts) + 1) // 2)])
+
+    @cached_property
+    def _windows(self) -> list[NDArray[np.int64]]:
+        """The shards of each window: shuffled, then grouped; all of them where the window is the whole split."""
+        num_shards = len(self.rows_per_shard)
+        size = self.window_shards if 0 < self.window_shards < num_shards else num_shards
+        shards = derive_rng(self.seed, "plan", self.epoch).permutation(num_shards)
+        return [shards[first : first + size] for first in range(0, num_shards, size)]
+
+    @cached_property
+    def _window_stops(self) -> NDArray[np.int64]:
+        """int64: where each window ends in the order."""
+        return np.cumsum([self.rows_per_shard[window].sum() for window in self._windows])
+
+    @cached_property
+    def _shard_stops(self) -> NDArray[np.int64]:
+        return np.cumsum(self.rows_per_shard)
+
+    @cached_property
+    def _drawn(self) -> dict[int, NDArray[np.int32]]:
+        """The windows drawn last."""
+        return {}
+
+    def _window_of(self, place: int) -> int:
+        return int(np.searchsorted(self._window_stops, place, side="right"))
+
+    def _rows(self, start: int, stop: int) -> NDArray[np.int32]:
+        """Places ``start`` to ``stop`` of the order; a view where one window has them all."""
+        parts = []
+        while start < stop:
+            number = self._window_of(start)
+            window, end = self._window(number), int(self._window_stops[number])
+            first = end - len(window)
+            parts.append(window[start - first : min(stop, end) - first])
+            start = end
+        return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.int32)])
+
+    def _window(self, number: int) -> NDArray[np.int32]:
+        """The rows of a window, permuted by a generator of its own."""
+        if number not in self._drawn:
+            rows = self._window_rows(np.sort(self._windows[number]))
+            derive_rng(self.seed, "plan", self.epoch, number).shuffle(rows)
+            while len(self._drawn) >= _WINDOWS_KEPT:
+                self._drawn.pop(next(iter(self._drawn)))
+            self._drawn[number] = rows
+        return self._drawn[number]
+
+    def _window_rows(self, shards: NDArray[np.int64]) -> NDArray[np.int32]:
+        if len(shards) == len(self.rows_per_shard):
+            return np.arange(self.num_rows, dtype=np.int32)
+        stops = self._shard_stops[shards]
+        starts = stops - self.rows_per_shard[shards]
+        return np.concatenate([np.arange(start, stop, dtype=np.int32) for start, stop in zip(starts, stops)])
 
 
 def steps_per_epoch(num_rows: int, global_batch: int) -> int:
     """S = ceil(N / global_batch); steps then hold between floor(N/S) and ceil(N/S) <= global_batch rows."""
     return -(-num_rows // global_batch)
+
+
+def _largest_step(num_rows: int, num_steps: int) -> int:
+    """Rows of the largest step."""
+    return -(-num_rows // num_steps)
 
 
 def plan_epoch(
@@ -128,8 +233,7 @@ def plan_epoch(
         raise ValueError("the split is empty: there is nothing to train on")
     num_steps = steps_per_epoch(num_rows, global_batch)
     _check_slots(num_rows, num_steps, global_batch, world_size, accumulation)
-    order = _windowed_order(rows_per_shard, epoch, seed, window_shards)
-    return EpochPlan(epoch, order, num_steps, world_size, accumulation)
+    return EpochPlan(epoch, seed, rows_per_shard, window_shards, num_steps, world_size, accumulation)
 
 
 def _check_slots(num_rows: int, num_steps: int, global_batch: int, world_size: int, accumulation: int) -> None:
@@ -144,25 +248,6 @@ def _check_slots(num_rows: int, num_steps: int, global_batch: int, world_size: i
     )
 
 
-def _windowed_order(rows_per_shard: NDArray[np.int64], epoch: int, seed: int, window_shards: int) -> NDArray[np.int32]:
-    """int32 [N]: shards shuffled, grouped in windows, rows permuted inside each window."""
-    rng = derive_rng(seed, "plan", epoch)
-    if window_shards <= 0 or window_shards >= len(rows_per_shard):
-        order = np.arange(int(rows_per_shard.sum()), dtype=np.int32)
-        rng.shuffle(order)
-        return order
-    stops = np.cumsum(rows_per_shard)
-    starts = stops - rows_per_shard
-    shards = rng.permutation(len(rows_per_shard))
-    windows = []
-    for first in range(0, len(shards), window_shards):
-        ranges = [np.arange(starts[s], stops[s], dtype=np.int32) for s in shards[first : first + window_shards]]
-        window = np.concatenate(ranges)
-        rng.shuffle(window)
-        windows.append(window)
-    return np.concatenate(windows)
-
-
 def evaluation_blocks(num_rows: int, block: int, *, rank: int, world_size: int) -> list[tuple[int, int]]:
     """The (start, stop) row ranges that ``rank`` evaluates: block b of the split goes to rank b % world_size.
 
@@ -170,3 +255,16 @@ def evaluation_blocks(num_rows: int, block: int, *, rank: int, world_size: int) 
     """
     starts = range(rank * block, num_rows, world_size * block)
     return [(start, min(start + block, num_rows)) for start in starts]
+
+
+def evaluation_staging(
+    rows_per_shard: NDArray[np.int64], block: int, *, ahead: int
+) -> Callable[[int], tuple[int, ...]]:
+    """For ``ShardLoader.read``: from a block's first row on, the shards of the next ``ahead`` blocks."""
+    stops = np.cumsum(rows_per_shard)
+
+    def staged(start: int) -> tuple[int, ...]:
+        first, last = np.searchsorted(stops, [start, min(start + block * ahead, int(stops[-1])) - 1], side="right")
+        return tuple(range(int(first), int(last) + 1))
+
+    return staged
