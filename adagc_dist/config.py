@@ -31,23 +31,43 @@ def _check(condition: bool, message: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     shards: str = ""
-    """Folder made by `adagc shard` (required)."""
+    """Folder made by `adagc shard` or `adagc index` (required), or its URL: http(s)://, s3://, whatever fsspec has."""
     bands: tuple[str, ...] = BANDS
     """Bands by name, in the order in which the student sees them; only these are read."""
     size: int = 120
     """Side of the student's input in pixels; bands of other sizes are resampled to it (bilinear) on the device."""
     workers: int = 2
     """Reading processes per rank; 0 reads in the training process."""
-    window_shards: int = 0
-    """Rows are permuted within windows of so many shuffled shards; 0 is one window over the whole split (local
-    data).
-    """
+    prefetch: int = 2
+    """Micro-batches that each reading process holds ready."""
+    reader: Literal["indexed", "webdataset"] = "indexed"
+    """indexed: byte ranges of the manifest's index; webdataset: whole streams through the webdataset library, for
+    comparison and for sources that cannot seek (every rank reads all of each window)."""
+    window_shards: int | None = None
+    """Rows are permuted within windows of so many shuffled shards; 0 is one window over the whole split. null: the
+    whole split where shards are local, 16 where they are fetched or streamed."""
+    check_digests: bool = True
+    """Compare every member that is read whole with the digest it was written with."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A row whose bytes cannot be read: stop, naming shard, key and offset; or skip: it is left out of loss and
+    averages, counted and reported, and nothing else shifts."""
+    max_bad_fraction: float = 0.001
+    """With on_error=skip: more rows than this share of the split in an epoch, and the run stops."""
+    cache: str = ""
+    """Node-local folder in which remote shards are kept; ~ and $NAMES are expanded. Empty: adagc-cache in the system's
+    temporary folder."""
+    cache_gb: float = 0.0
+    """Limit of each remote shard folder in the cache, in 10^9 bytes; the least recently used go. 0 is no limit."""
     augment: bool = True
     """Train on a random one of the eight symmetries of the square, drawn per patch and epoch."""
 
     def __post_init__(self) -> None:
         _check(self.size > 0, f"data.size={self.size} must be positive")
         _check(self.workers >= 0, f"data.workers={self.workers} must not be negative")
+        _check(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1")
+        _check(self.window_shards is None or self.window_shards >= 0, "data.window_shards must be null, 0 or more")
+        _check(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
+        _check(self.cache_gb >= 0, f"data.cache_gb={self.cache_gb} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

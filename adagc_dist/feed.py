@@ -32,6 +32,8 @@ class TrainingBatch:
         mate_B: int64, Mixup's partner within the batch.
         lambda_B: float32, Mixup's weight of the row itself.
         num_global: rows of the whole step, the loss's divisor.
+        read_B: bool, the rows whose bytes could be read, or None where all could (``data.on_error``). The others take
+            part in nothing: no loss, no store, no mixing, no count.
     """
 
     rows: NDArray[np.int32]
@@ -41,6 +43,15 @@ class TrainingBatch:
     mate_B: Tensor
     lambda_B: Tensor
     num_global: int
+    read_B: Tensor | None = None
+
+    def share(self, values_B: Tensor) -> Tensor:
+        """Scalar: these rows' share of the step's mean. Rows that could not be read count as 0, in an unchanged
+        divisor: nothing is shifted or weighted anew.
+        """
+        if self.read_B is not None:
+            values_B = torch.where(self.read_B, values_B, 0.0)
+        return values_B.sum() / self.num_global
 
 
 class Feed:
@@ -72,9 +83,18 @@ class Feed:
             observed_BC=self._send(self._observed_NC[rows]).float(),
             labels_BC=self._send(self._table.labels_NC[rows]),
             mate_B=mate_index(len(rows), device=self._device),
-            lambda_B=self._send(lambdas_B(self._seed, epoch, slot.pairs, self._alpha)),
+            lambda_B=self._send(self._weights(batch, epoch)),
             num_global=slot.num_global,
+            read_B=self._send(~batch.failed) if batch.failed.any() else None,
         )
+
+    def _weights(self, batch: Batch, epoch: int) -> NDArray[np.float32]:
+        """Mixup's weights; a row whose mate could not be read is mixed with nothing."""
+        weights_B = lambdas_B(self._seed, epoch, batch.slot.pairs, self._alpha)
+        if batch.failed.any():
+            lost = np.isin(batch.slot.pairs, batch.slot.pairs[batch.failed])
+            weights_B = np.where(lost, np.float32(1), weights_B)
+        return weights_B
 
     def _send(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

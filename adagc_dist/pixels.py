@@ -1,4 +1,4 @@
-"""Native uint16 bands -> the student's input, on the device: augmentation, resampling, normalisation.
+"""Native bands -> the student's input, on the device: augmentation, resampling, normalisation.
 
 Patches travel at native size (160,000 bytes instead of 691,200 as float32 at 120 x 120, DESIGN decision 8), so the
 symmetries are applied to the small tensors first: bilinear resampling without aligned corners commutes with them.
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sharding.loader import BandGroup
+from sharding.reader import BandGroup
 
 __all__ = ["Pixels", "symmetry"]
 
@@ -49,8 +49,8 @@ class Pixels(nn.Module):
         self.register_buffer("shift_D", -mean / std, persistent=False)
 
     def forward(self, groups: Sequence[Tensor], codes_B: NDArray[np.int64] | None = None) -> Tensor:
-        """uint16 [B, planes, h, w] per group; ``codes_B`` (0..7, on the host) names each patch's symmetry, None leaves
-        patches as they are.
+        """[B, planes, h, w] per group, in the shards' dtype; ``codes_B`` (0..7, on the host) names each patch's
+        symmetry, None leaves patches as they are.
         """
         if codes_B is not None:
             groups = symmetry(groups, codes_B)
@@ -74,18 +74,19 @@ def symmetry(groups: Sequence[Tensor], codes_B: NDArray[np.int64]) -> list[Tenso
     transposes.
 
     Seen from above, a patch has no preferred direction, so all eight are equally likely views. The codes are known on
-    the host: nothing waits for the device. Values are only moved, hence the view as int16, which every operation knows.
+    the host: nothing waits for the device. Values are only moved, hence the view of uint16 as int16, which every
+    operation knows.
     """
     device = groups[0].device
     found = [(code, torch.from_numpy(np.flatnonzero(codes_B == code))) for code in range(8)]
     members = [(code, index.to(device, non_blocking=True)) for code, index in found if len(index)]
     results = []
     for group in groups:
-        source = group.view(torch.int16)
+        source = group.view(torch.int16) if group.dtype == torch.uint16 else group
         result = torch.empty_like(source)
         for code, index in members:
             result.index_copy_(0, index, _transform(source.index_select(0, index), code))
-        results.append(result.view(torch.uint16))
+        results.append(result.view(group.dtype))
     return results
 
 

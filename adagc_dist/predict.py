@@ -1,7 +1,8 @@
 """Scores of a whole split, in fixed blocks dealt to the ranks: the same digits for any number of ranks."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,37 @@ from adagc_dist.pixels import Pixels
 from sharding.loader import ShardLoader
 from sharding.plan import Slot, evaluation_blocks
 
-__all__ = ["SplitScorer"]
+__all__ = ["Scores", "SplitScorer", "check_bad_rows"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one split (N rows, C classes).
+
+    Attributes:
+        values_NC: float32 probabilities.
+        read_N: bool, the rows whose bytes could be read; the others count nowhere (``data.on_error=skip``).
+    """
+
+    values_NC: NDArray[np.float32]
+    read_N: NDArray[np.bool_]
+
+    def beside(self, labels_NC: NDArray[np.bool_]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Scores and labels of the rows that were read."""
+        return self.values_NC[self.read_N], labels_NC[self.read_N]
+
+
+def check_bad_rows(count: int, rows: int, limit: float) -> None:
+    """Few unreadable rows are a nuisance, many mean that the data are not what one believes to train on.
+
+    Raises:
+        ValueError: more than ``limit`` of the rows could not be read.
+    """
+    if count > limit * rows:
+        raise ValueError(
+            f"{count} of {rows} rows could not be read, more than data.max_bad_fraction={limit}: run `adagc verify`, "
+            "and copy or make the damaged shards again"
+        )
 
 
 class SplitScorer:
@@ -27,18 +58,19 @@ class SplitScorer:
         *,
         num_rows: int,
         block: int,
+        max_bad_fraction: float,
         comm: Comm,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]],
+        staged: Callable[[int], Sequence[int]] = lambda start: (),
     ) -> None:
         self._loader, self._pixels, self._num_rows, self._block = loader, pixels, num_rows, block
         self._comm, self._device, self._autocast = comm, device, autocast
+        self._max_bad_fraction, self._staged = max_bad_fraction, staged
 
     @torch.no_grad()
-    def score(
-        self, model: nn.Module, *, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
-    ) -> NDArray[np.float32]:
-        """float32 [N, C]: the model's probabilities for rows 0..N-1, the same array on every rank.
+    def score(self, model: nn.Module, *, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> "Scores":
+        """The model's probabilities for rows 0..N-1, the same on every rank.
 
         Collective: one all-gather at the end. Each block is one batch whichever rank computes it, and on a CPU by one
         thread: how many threads share a sum decides its last digits. More ranks make it faster.
@@ -46,20 +78,26 @@ class SplitScorer:
         model.eval()
         blocks = evaluation_blocks(self._num_rows, self._block, rank=self._comm.rank, world_size=self._comm.world_size)
         slots = [
-            Slot(number, np.arange(start, stop, dtype=np.int32), 0, stop - start)
-            for number, (start, stop) in enumerate(blocks)
+            Slot(start, np.arange(start, stop, dtype=np.int32), 0, stop - start)  # its first row stands for its step
+            for start, stop in blocks
         ]
         parts = []
         with _one_thread() if self._device.type == "cpu" else nullcontext():
-            for batch in progress(self._loader.read(slots)):
+            for batch in progress(self._loader.read(slots, self._staged)):
                 images = self._pixels(batch.to(self._device).groups)
                 with self._autocast():
                     logits_BC = model(images)
-                parts.append(logits_BC.float().sigmoid())
-        return self._assemble(parts)
+                read_B = torch.from_numpy(~batch.failed).to(self._device)
+                parts.append(torch.cat([logits_BC.float().sigmoid(), read_B[:, None]], dim=1))
+        gathered = self._assemble(parts)
+        scores = Scores(np.ascontiguousarray(gathered[:, :-1]), gathered[:, -1] > 0)
+        check_bad_rows(int((~scores.read_N).sum()), self._num_rows, self._max_bad_fraction)
+        return scores
 
     def _assemble(self, parts: list[Tensor]) -> NDArray[np.float32]:
-        """Blocks of rank r are r, r + R, r + 2R, ...: padded to equal shapes, gathered once, put in place."""
+        """float32 [N, C + 1]. Blocks of rank r are r, r + R, r + 2R, ...: padded to equal shapes, gathered once, put in
+        place.
+        """
         num_blocks = -(-self._num_rows // self._block)
         rounds = -(-num_blocks // self._comm.world_size)
         width = self._comm.all_gather_object(parts[0].shape[1] if parts else 0)

@@ -166,9 +166,9 @@ class PredictionStore(RowStore):
         super().__init__(num_rows, num_classes, comm=comm, device=device)
         self.momentum = momentum
 
-    def blend(self, rows: NDArray[np.int32], probs_BC: Tensor) -> Tensor:
+    def blend(self, rows: NDArray[np.int32], probs_BC: Tensor, *, read_B: Tensor | None = None) -> Tensor:
         """Move the rows' averages towards ``probs_BC`` and return the new values, float32 [B, C]; local, no host
-        sync.
+        sync. Rows that ``read_B`` (bool [B]) leaves out are not touched.
         """
         place = self.locate(rows)
         old, marks = self.values[place], self._marks[place]
@@ -177,8 +177,11 @@ class PredictionStore(RowStore):
         new = old + weight * (probs_BC.detach().float() - old)
         # exact: old + 1*(p - old) is p only up to rounding
         new = torch.where(seen[:, None], new, probs_BC.detach().float())
+        counted = (marks | _WRITTEN) + 1
+        if read_B is not None:
+            new, counted = torch.where(read_B[:, None], new, old), torch.where(read_B, counted, marks)
         self.values[place] = new
-        self._marks[place] = (marks | _WRITTEN) + 1
+        self._marks[place] = counted
         return new
 
 

@@ -17,6 +17,7 @@ from adagc_dist.detector import EarlyLearningDetector, Verdict
 from adagc_dist.feed import Feed
 from adagc_dist.meter import Meter
 from adagc_dist.methods import Method, Phase
+from adagc_dist.predict import check_bad_rows
 from adagc_dist.schedule import learning_rate
 from adagc_dist.teacher import EmaTeacher
 from adagc_dist.tracking import NullTracker, Tracker
@@ -75,6 +76,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._meter = Meter(self.engine.device, self.comm)
+        self._bad_rows = 0  # of this rank, in this epoch
 
     def run(self) -> None:
         """Train from ``moment`` to the last epoch.
@@ -116,7 +118,8 @@ class Trainer:
     def _train_epoch(self, plan: EpochPlan) -> dict[str, float]:
         epoch_meter = Meter(self.engine.device, self.comm)
         self._meter.reset()
-        batches = self._meter.waiting(epoch_meter.waiting(self.loader.read(plan.slots(self.comm.rank))))
+        self._bad_rows = 0
+        batches = self._meter.waiting(epoch_meter.waiting(self.loader.read(plan.slots(self.comm.rank), plan.staged)))
         with self._progress(plan) as show:
             for step in range(plan.num_steps):
                 self._train_step(batches, plan, epoch_meter)
@@ -124,14 +127,27 @@ class Trainer:
                 if self.moment.step % self.config.run.log_every == 0:
                     self.tracker.scalars(self._meter.read() | {"learning_rate": self._rate(plan)}, self.moment.step)
                     self._meter.reset()
+        skipped = self._count_skipped(plan)
         if self.method.store is not None:
-            self.method.store.check_visited_once()
-        return epoch_meter.read()
+            self.method.store.check_visited_once(skipped)
+        return epoch_meter.read() | {"data/skipped_rows": float(skipped)}
+
+    def _count_skipped(self, plan: EpochPlan) -> int:
+        """Collective: rows of the epoch that could not be read, over all ranks; too many stop the run."""
+        mine = torch.tensor([self._bad_rows], device=self.engine.device)
+        skipped = int(self.comm.all_reduce_sum(mine).item())
+        check_bad_rows(skipped, plan.num_rows, self.config.data.max_bad_fraction)
+        if skipped:
+            log.warning("epoch %d: %d of %d rows could not be read", plan.epoch + 1, skipped, plan.num_rows)
+        return skipped
 
     def _train_step(self, batches: Iterator[Batch], plan: EpochPlan, epoch_meter: Meter) -> None:
         """One update of the student, and the teacher after it."""
         for micro in range(plan.accumulation):
-            batch = self.feed.prepare(next(batches), plan.epoch)
+            found = next(batches)
+            self._bad_rows += int(found.failed.sum())  # on this rank alone: already too many need not wait for the end
+            check_bad_rows(self._bad_rows, plan.num_rows, self.config.data.max_bad_fraction)
+            batch = self.feed.prepare(found, plan.epoch)
             torch.manual_seed(derive_seed(self.config.run.seed, "dropout", self.moment.step, micro, self.comm.rank))
             losses = self.method.losses(batch, self._phase)
             self.engine.backward(losses.total, last=micro == plan.accumulation - 1)
@@ -228,7 +244,7 @@ class Trainer:
             yield lambda done: None
             return
         name = f"epoch {plan.epoch + 1}/{self.config.optim.epochs} {self._phase.value}"
-        with Progress(name, len(plan.order), unit="patch", seconds=60.0) as progress:
+        with Progress(name, plan.num_rows, unit="patch", seconds=60.0) as progress:
             yield progress.at
 
 

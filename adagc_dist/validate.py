@@ -12,7 +12,7 @@ from torch import nn
 
 from adagc_dist.comm import Comm
 from adagc_dist.metrics import bootstrap_map, macro_map
-from adagc_dist.predict import SplitScorer
+from adagc_dist.predict import Scores, SplitScorer
 
 __all__ = ["Validation", "Validator"]
 
@@ -58,18 +58,19 @@ class Validator:
         Raises:
             ValueError: the model's scores are not finite: training has diverged.
         """
-        scores_NC = self._scorer.score(model)
-        if not np.isfinite(scores_NC).all():
+        scores = self._scorer.score(model)
+        if not np.isfinite(scores.values_NC).all():
             raise ValueError(
                 "the model's scores are not finite: training has diverged. Lower optim.lr, or set optim.clip_norm"
             )
 
-        on_rank_0 = self._metrics(scores_NC) if self._comm.rank == 0 else None
+        on_rank_0 = self._metrics(scores) if self._comm.rank == 0 else None
         return cast(Validation, self._comm.broadcast_object(on_rank_0))
 
-    def _metrics(self, scores_NC: NDArray[np.float32]) -> Validation:
+    def _metrics(self, scores: Scores) -> Validation:
+        noisy = scores.beside(self._observed_NC)
         return Validation(
-            noisy_map=macro_map(scores_NC, self._observed_NC),
-            replicates=bootstrap_map(scores_NC, self._observed_NC, seed=self._seed).tolist(),
-            true_map=macro_map(scores_NC, self._labels_NC),
+            noisy_map=macro_map(*noisy),
+            replicates=bootstrap_map(*noisy, seed=self._seed).tolist(),
+            true_map=macro_map(*scores.beside(self._labels_NC)),
         )

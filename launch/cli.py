@@ -10,7 +10,9 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "synth": ("sharding.convert", "synth", "write a synthetic reBEN tree, for machines without data"),
-    "shard": ("sharding.convert", "shard", "convert reBEN to WebDataset shards with a manifest"),
+    "shard": ("sharding.convert", "shard", "convert reBEN, HDF5 or image folders to WebDataset shards with a manifest"),
+    "index": ("sharding.check", "index", "make tars of others trainable: their manifest"),
+    "verify": ("sharding.check", "verify", "compare tars with their manifest, name every fault"),
     "train": ("launch.train", "main", "train AdaGC or a baseline, on one rank or many"),
     "evaluate": ("launch.evaluate", "main", "exact metrics of trained runs, as a table and as metrics.json"),
 }

@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from adagc_dist.comm import Comm
 from adagc_dist.config import Config
+from adagc_dist.predict import Scores
 from launch.arguments import add_ranks
-from launch.build import Shards
+from launch.data import Shards
 from sharding.manifest import LabelTable
 
 __all__ = ["evaluate", "main"]
@@ -88,14 +87,15 @@ def _evaluate_run(
     model, statistics = _load_teacher(run, shards, device)
     score = _Scores(shards, model, statistics, comm=comm, device=device)
     test, validation = shards.table(split), shards.table("validation")
-    thresholds_C = fit_thresholds_C(score(validation), shards.observed(validation))
+    thresholds_C = fit_thresholds_C(*score(validation).beside(shards.observed(validation)))
     classes = shards.manifest.classes
-    metrics = {"run": str(run), split: measure_split(score(test), test.labels_NC, thresholds_C, classes)}
+    metrics = {"run": str(run), split: measure_split(*score(test).beside(test.labels_NC), thresholds_C, classes)}
     if recovered:
         train = shards.table("train")
-        metrics["recovered"] = measure_recovery(
-            score(train), shards.observed(train), train.labels_NC, thresholds_C, classes
-        )
+        scores = score(train)
+        values_NC, labels_NC = scores.beside(train.labels_NC)
+        observed_NC = scores.beside(shards.observed(train))[1]
+        metrics["recovered"] = measure_recovery(values_NC, observed_NC, labels_NC, thresholds_C, classes)
     if comm.rank == 0:
         write_json(run / "metrics.json", _merged(run / "metrics.json", metrics))
     return metrics
@@ -115,9 +115,9 @@ class _Scores:
     ) -> None:
         self._shards, self._model, self._comm, self._device = shards, model, comm, device
         self._pixels = shards.pixels(device, {band: (mean, std) for band, (mean, std) in statistics.items()})
-        self._done: dict[str, NDArray[np.float32]] = {}
+        self._done: dict[str, Scores] = {}
 
-    def __call__(self, table: LabelTable) -> NDArray[np.float32]:
+    def __call__(self, table: LabelTable) -> Scores:
         from launch.build import make_scorer
 
         if table.split not in self._done:

@@ -58,10 +58,9 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         FileNotFoundError, ValueError: the shards, the bands or the global batch do not fit.
     """
-    from launch.build import Shards, make_plan
+    from launch.data import Shards, make_plan
 
-    shards = Shards.open(config)
-    make_plan(config, shards.manifest, world_size, 0)
+    make_plan(Shards.open(config), world_size, 0)
 
 
 def train(config: Config) -> None:

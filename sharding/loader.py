@@ -1,15 +1,14 @@
-"""A plan's rows become tensors: byte ranges of plain tars are read straight into the batch, in worker processes.
+"""A plan's slots become batches, in order, through worker processes.
 
-No tar is scanned in an epoch: the manifest's index says where each member's pixels begin, and ``preadv`` puts them into
-the batch's own buffer, which in a worker is shared memory already. Workers hold no state but open files: the slots they
-read arrive as their work items, so an epoch, a resume in mid-epoch or another number of workers changes nothing for
-them.
+Workers hold no state but open files: the slots they read arrive as their work items, so an epoch, a resume in mid-epoch
+or another number of workers changes nothing for them. Pixels do not travel: workers read them into a ring of shared
+buffers that is used again and again (``sharding.ring``), and say which buffer is full.
 """
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from math import prod
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,27 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from sharding.manifest import LabelTable, Manifest, Member
 from sharding.plan import Slot
+from sharding.reader import PatchReader, ReadError, Target
+from sharding.ring import Ring
 
-__all__ = ["BandGroup", "Batch", "PatchReader", "ReadError", "ShardLoader", "select_bands"]
+__all__ = ["Batch", "ShardLoader"]
 
-
-_OPEN_FILES = 256  # per reader; common soft limits are 1024 a process, and reBEN in small shards has more
-
-
-class ReadError(OSError):
-    """A sample's bytes could not be read; the message names shard, key and offset."""
-
-
-@dataclass(frozen=True)
-class BandGroup:
-    """The chosen bands of one payload member: ``planes`` along its axis 0, named ``bands``, each [height, width]."""
-
-    member: int
-    planes: tuple[int, ...]
-    bands: tuple[str, ...]
-    shape: tuple[int, int]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,173 +31,195 @@ class Batch:
 
     Attributes:
         slot: rows, step, pair numbers and the step's global count.
-        groups: per BandGroup uint16 [B, planes, height, width] at native size.
+        groups: per BandGroup [B, planes, height, width] at native size, in the shards' dtype. They are views of a
+            buffer that is used again: valid until the next batch is asked for.
+        failed: bool [B], rows whose bytes could not be read (only where they are skipped); their pixels are a copy of
+            another row's, so that they stand out in no statistic, and are to be counted nowhere.
     """
 
     slot: Slot
     groups: tuple[Tensor, ...]
+    failed: NDArray[np.bool_]
 
     @property
     def rows(self) -> NDArray[np.int32]:
         return self.slot.rows
 
-    def pin_memory(self) -> "Batch":
-        """Called by DataLoader: page-locked copies, so that the transfer to the GPU need not wait."""
-        return replace(self, groups=tuple(group.pin_memory() for group in self.groups))
-
     def to(self, device: torch.device) -> "Batch":
+        """On the device; from a page-locked ring without waiting."""
         return replace(self, groups=tuple(group.to(device, non_blocking=True) for group in self.groups))
 
 
-def select_bands(manifest: Manifest, bands: Sequence[str]) -> tuple[BandGroup, ...]:
-    """The groups that hold ``bands``, in the manifest's order.
-
-    Raises:
-        ValueError: a band is not in the shards, or is named twice.
-    """
-    unknown = [band for band in bands if band not in manifest.bands]
-    if unknown or len(set(bands)) != len(bands) or not bands:
-        problem = f"{', '.join(unknown)} not in the shards" if unknown else "each band once, and at least one"
-        raise ValueError(
-            f"data.bands={','.join(bands)}: {problem}. The bands of {manifest.root} are {', '.join(manifest.bands)}"
-        )
-    groups = (_group(number, member, set(bands)) for number, member in enumerate(manifest.members))
-    return tuple(group for group in groups if group.planes)
-
-
-def _group(number: int, member: Member, wanted: set[str]) -> BandGroup:
-    planes = tuple(i for i, band in enumerate(member.bands) if band in wanted)
-    return BandGroup(number, planes, tuple(member.bands[i] for i in planes), (member.shape[-2], member.shape[-1]))
-
-
-@dataclass
-class PatchReader:
-    """Reads rows of one split by byte range. Picklable; files are opened where it is used, once a process."""
-
-    manifest: Manifest
-    table: LabelTable
-    groups: tuple[BandGroup, ...]
-    _files: dict[int, int] = field(default_factory=dict, repr=False)
-    _owner: int = 0
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_files": {}, "_owner": 0}
-
-    def read(self, slot: Slot) -> Batch:
-        """The slot's patches.
-
-        Raises:
-            ReadError: a shard is missing or ends early.
-        """
-        buffers = [_buffer((len(slot.rows), len(group.planes), *group.shape)) for group in self.groups]
-        views = [buffer.numpy() for buffer in buffers]
-        for i, row in enumerate(slot.rows.tolist()):
-            for group, view in zip(self.groups, views):
-                self._read_group(row, group, view[i])
-        return Batch(slot, tuple(buffers))
-
-    def _read_group(self, row: int, group: BandGroup, out: NDArray[np.uint16]) -> None:
-        member = self.manifest.members[group.member]
-        start = int(self.table.offsets_NM[row, group.member]) + member.header
-        file = self._file(int(self.table.shard_N[row]))
-        if len(group.planes) == member.shape[0]:
-            self._read_into(file, row, start, out)
-            return
-        for plane, target in zip(group.planes, out):
-            self._read_into(file, row, start + plane * out[0].nbytes, target)
-
-    def _read_into(self, file: int, row: int, offset: int, out: NDArray[np.uint16]) -> None:
-        shard = self.manifest.shards[int(self.table.shard_N[row])]
-        try:
-            count = os.preadv(file, [out.data.cast("B")], offset)
-        except OSError as error:
-            raise ReadError(
-                f"{self.manifest.root / shard.name}: {error.strerror} at offset {offset}, {self.table.keys[row]}"
-            ) from error
-        if count != out.nbytes:
-            raise ReadError(
-                f"{self.manifest.root / shard.name} ends early: {count} of {out.nbytes} bytes of "
-                f"{self.table.keys[row]} at offset {offset}. The shard is truncated "
-                f"({shard.bytes} bytes in the manifest): copy or make it again"
-            )
-
-    def _file(self, number: int) -> int:
-        if self._owner != os.getpid():  # after a fork the parent's descriptors are the parent's to close
-            self._files, self._owner = {}, os.getpid()
-        if number not in self._files:
-            if len(self._files) == _OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))  # the one opened first
-            self._files[number] = self._open(number)
-        return self._files[number]
-
-    def _open(self, number: int) -> int:
-        path = self.manifest.root / self.manifest.shards[number].name
-        try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            hint = ". The manifest lists it: copy or make it again" if isinstance(error, FileNotFoundError) else ""
-            raise ReadError(f"shard {path} cannot be opened: {error.strerror}{hint}") from error
-
-
-def _buffer(shape: tuple[int, ...]) -> Tensor:
-    """An empty uint16 tensor; in a worker process in shared memory, so that handing it over copies nothing."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint16)
-    storage = torch.UntypedStorage._new_shared(2 * prod(shape))  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=torch.uint16).set_(storage).view(shape)
-
-
-class _SlotReader(Dataset["Batch | ReadError"]):
-    """Map-style view for DataLoader whose index is the slot itself.
-
-    A read error travels as a value: raised in a worker, DataLoader would bury its sentence in a traceback's text.
-    """
-
-    def __init__(self, reader: PatchReader) -> None:
-        self._reader = reader
-
-    def __getitem__(self, slot: Slot) -> Batch | ReadError:
-        try:
-            return self._reader.read(slot)
-        except ReadError as error:
-            return error
-
-
-class _Work:
-    """The sampler: hands out the slots of the current epoch."""
-
-    def __init__(self) -> None:
-        self.slots: Iterable[Slot] = ()
-
-    def __iter__(self) -> Iterator[Slot]:
-        return iter(self.slots)
-
-
 class ShardLoader:
-    """Slots -> batches, in order, through ``workers`` processes that live as long as the loader (0: in this
-    process).
+    """Slots -> batches, through ``workers`` processes that live as long as the loader (0: in this process).
+
+    Args:
+        reader: where the rows' bytes are.
+        max_rows: of the largest slot that will be read.
+        workers: processes.
+        prefetch: slots per worker that are read ahead.
+        page_lock: lock the ring's pages for a GPU, so that transfers from it need neither a copy nor a wait.
+        on_error: "stop" raises at the first row that cannot be read; "skip" marks it in the batch.
+        start_method: how workers are started; forked ones start at once and share the index's memory.
     """
 
-    def __init__(self, reader: PatchReader, *, workers: int, pin_memory: bool = False, prefetch: int = 4) -> None:
-        self._work = _Work()
-        self._loader: DataLoader[Batch | ReadError] = DataLoader(
-            _SlotReader(reader),
+    def __init__(
+        self,
+        reader: PatchReader,
+        *,
+        max_rows: int,
+        workers: int,
+        prefetch: int = 2,
+        page_lock: bool = False,
+        on_error: Literal["stop", "skip"] = "stop",
+        start_method: Literal["fork", "spawn", "forkserver"] = "fork",
+    ) -> None:
+        # in flight at most workers * prefetch; one more is with the consumer, one may still be on its way to the device
+        self._ring = Ring(reader.buffers(max_rows), count=workers * prefetch + 2)
+        self._views = [self._tensors(number) for number in range(self._ring.count)]
+        self._work = _Work(self._ring.count, max_rows)
+        self._page_lock, self._locked = page_lock, False
+        self._loader: DataLoader[_Report] = DataLoader(
+            _SlotReader(reader, self._ring, skip=on_error == "skip"),
             batch_size=None,
             sampler=self._work,
             num_workers=workers,
-            pin_memory=pin_memory,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
+            multiprocessing_context=start_method if workers else None,
         )
 
-    def read(self, slots: Iterable[Slot]) -> Iterator[Batch]:
+    def read(self, slots: Iterable[Slot], staged: Callable[[int], Sequence[int]] = lambda step: ()) -> Iterator[Batch]:
         """The batches of ``slots``, in their order.
 
+        Args:
+            slots: what to read.
+            staged: the shards (numbered within the split) needed in a step and soon after, for a cache to fetch ahead.
+
         Raises:
-            ReadError: a sample's bytes could not be read.
+            ReadError: a row's bytes could not be read (on_error "stop").
+            ValueError: a slot of more than ``max_rows`` rows.
         """
-        self._work.slots = slots
-        for item in self._loader:
-            if isinstance(item, ReadError):
-                raise item
-            yield item
+        self._work.begin(slots, staged)
+        reports = iter(self._loader)  # the workers are running from here on
+        if self._page_lock:
+            self._page_lock, self._locked = False, _lock_pages(self._ring)
+        for report in reports:
+            yield self._batch(report)
+            if self._locked:
+                self._work.in_transfer(report.buffer)
+
+    def _batch(self, report: "_Report") -> Batch:
+        if report.error is not None:
+            raise report.error
+        size = len(report.slot.rows)
+        failed = np.zeros(size, dtype=np.bool_)
+        failed[[place for place, _ in report.failed]] = True
+        for _, message in report.failed:
+            log.warning("skipped: %s", message)
+        return Batch(report.slot, tuple(view[:size] for view in self._views[report.buffer]), failed)
+
+    def _tensors(self, number: int) -> list[Tensor]:
+        return [torch.from_numpy(array) for array in self._ring.arrays(number)]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A slot to be read into a buffer of the ring."""
+
+    slot: Slot
+    buffer: int
+    staged: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Report:
+    """A worker's answer. Errors travel as values: raised there, DataLoader would bury their sentence in a traceback."""
+
+    slot: Slot
+    buffer: int
+    failed: tuple[tuple[int, str], ...] = ()
+    error: ReadError | None = None
+
+
+class _SlotReader(Dataset["_Report"]):
+    """Map-style view for DataLoader, whose index is the job itself."""
+
+    def __init__(self, reader: PatchReader, ring: Ring, *, skip: bool) -> None:
+        self._reader, self._ring, self._skip = reader, ring, skip
+        self._staged: tuple[int, ...] = ()
+        self._targets: dict[int, Target] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_targets": {}}
+
+    def __getitem__(self, job: _Job) -> _Report:
+        if job.staged != self._staged:
+            self._staged = job.staged
+            if _is_first_worker():  # one fetches ahead for all of a rank; a shard that is wanted now, anyone
+                self._reader.stage(job.staged)
+        if job.buffer not in self._targets:
+            self._targets[job.buffer] = Target(self._ring.arrays(job.buffer))
+        target = self._targets[job.buffer]
+        failed = self._reader.read(job.slot.rows, target, go_on=self._skip)
+        if failed and not self._skip:
+            return _Report(job.slot, job.buffer, error=failed[0][1])
+        _cover(target.arrays, len(job.slot.rows), [place for place, _ in failed])
+        return _Report(job.slot, job.buffer, tuple((place, str(error)) for place, error in failed))
+
+
+def _is_first_worker() -> bool:
+    worker = get_worker_info()
+    return worker is None or worker.id == 0
+
+
+def _cover(arrays: Sequence[NDArray[np.generic]], size: int, failed: Sequence[int]) -> None:
+    """Failed rows become copies of their mates, or of any row that was read, or zero if there is none."""
+    good = sorted(set(range(size)) - set(failed))
+    for place in failed:
+        source = place ^ 1 if place ^ 1 in good else good[0] if good else None
+        for array in arrays:
+            array[place] = 0 if source is None else array[source]
+
+
+class _Work:
+    """The sampler: hands out the slots of the current epoch, each with the buffer it is to be read into.
+
+    Buffers are taken in turn. DataLoader asks for one more job when it hands a batch out, so at that moment the buffer
+    asked for was released two batches ago; if its transfer to a GPU has not ended yet, that is waited for here.
+    """
+
+    def __init__(self, buffers: int, max_rows: int) -> None:
+        self._transfers: list[torch.cuda.Event | None] = [None] * buffers
+        self._max_rows = max_rows
+        self.begin((), lambda step: ())
+
+    def begin(self, slots: Iterable[Slot], staged: Callable[[int], Sequence[int]]) -> None:
+        self._slots, self._staged = slots, staged
+
+    def in_transfer(self, buffer: int) -> None:
+        """The consumer has asked for the next batch: its transfers of this one are in the device's queue."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()  # type: ignore[no-untyped-call]
+        self._transfers[buffer] = event
+
+    def __iter__(self) -> Iterator[_Job]:
+        for number, slot in enumerate(self._slots):
+            if len(slot.rows) > self._max_rows:
+                raise ValueError(f"a slot of {len(slot.rows)} rows, in a loader for at most {self._max_rows}")
+            buffer = number % len(self._transfers)
+            event, self._transfers[buffer] = self._transfers[buffer], None
+            if event is not None:
+                event.synchronize()
+            yield _Job(slot, buffer, tuple(self._staged(slot.step)))
+
+
+def _lock_pages(ring: Ring) -> bool:
+    """Register the ring with CUDA; where that is refused (a limit on locked memory), transfers wait, but are right.
+
+    Only after the workers were forked: a child's view of registered pages is not worth relying on before.
+    """
+    code = torch.cuda.cudart().cudaHostRegister(ring.memory.ctypes.data, ring.nbytes, 0)
+    if int(code) != 0:
+        log.warning("the loader's buffers could not be page-locked (CUDA error %s): transfers will wait", code)
+    return int(code) == 0

@@ -9,9 +9,10 @@ import torch
 from adagc_dist.feed import Feed, TrainingBatch
 from adagc_dist.mixup import lambdas_B
 from adagc_dist.pixels import Pixels
-from sharding.loader import PatchReader, select_bands
 from sharding.manifest import LabelTable, load_manifest, load_table
 from sharding.plan import EpochPlan, Slot, plan_epoch
+from sharding.reader import select_bands
+from tests.tiny import make_reader, read_batch
 
 CPU = torch.device("cpu")
 
@@ -23,7 +24,7 @@ class Bench:
         manifest = load_manifest(shards)
         self.table: LabelTable = load_table(manifest, "train")
         groups = select_bands(manifest, ["B02", "B11"])
-        self.reader = PatchReader(manifest, self.table, groups)
+        self.reader = make_reader(shards, ["B02", "B11"])
         self.pixels = Pixels(groups, ["B02", "B11"], statistics=manifest.band_statistics(), size=24)
         self.observed = self.table.labels_NC & (np.cumsum(self.table.labels_NC, axis=1) == 1)
         self.feed = Feed(
@@ -31,7 +32,7 @@ class Bench:
         )
 
     def prepare(self, slot: Slot, epoch: int = 0) -> TrainingBatch:
-        return self.feed.prepare(self.reader.read(slot), epoch)
+        return self.feed.prepare(read_batch(self.reader, slot), epoch)
 
 
 def plan(world_size: int) -> EpochPlan:
@@ -80,7 +81,7 @@ def test_augmentation_is_drawn_per_row_epoch_and_seed_and_not_per_batch(tiny_sha
 
 def test_without_augmentation_patches_stay_as_they_are(tiny_shards: Path) -> None:
     bench, slot = Bench(tiny_shards, augment=False), Slot(0, np.arange(8, dtype=np.int32), 0, 8)
-    assert torch.equal(bench.prepare(slot, epoch=3).images, bench.pixels(bench.reader.read(slot).groups))
+    assert torch.equal(bench.prepare(slot, epoch=3).images, bench.pixels(read_batch(bench.reader, slot).groups))
     turned = Bench(tiny_shards).prepare(slot, epoch=3).images
     assert not torch.equal(turned, bench.prepare(slot, epoch=3).images)
     torch.testing.assert_close(turned.mean((2, 3)), bench.prepare(slot).images.mean((2, 3)), rtol=1e-4, atol=1e-4)

@@ -1,9 +1,11 @@
-"""Reading rows by byte range: the bytes that were written, for any bands, any number of workers, and told errors."""
+"""Slots through worker processes: the same batches for any number of them, in reused buffers; errors told or skipped."""
 
+import logging
 import os
-import pickle
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,187 +13,161 @@ import numpy as np
 import pytest
 import torch
 
-from adagc_dist.comm import Comm
-from sharding.loader import Batch, PatchReader, ReadError, ShardLoader, select_bands
-from sharding.manifest import LabelTable, Manifest, load_manifest, load_table
-from sharding.plan import Slot, plan_epoch
-from sharding.reben import BANDS
-from tests.ranks import run_ranks
-from tests.tiny import TinySource
+from sharding.loader import Batch, ShardLoader
+from sharding.manifest import load_manifest
+from sharding.plan import plan_epoch
+from sharding.reader import ReadError
+from sharding.ring import Ring
+from tests.test_sharding_reader import flip_a_pixel, remove, slot_of, truncate
+from tests.tiny import make_reader, read_batch
 
 
-def slot_of(rows: Iterable[int], step: int = 0) -> Slot:
-    array = np.array(list(rows), dtype=np.int32)
-    return Slot(step, array, 0, len(array))
-
-
-def reader_of(shards: Path, bands: Iterable[str] = BANDS, split: str = "train") -> PatchReader:
-    manifest = load_manifest(shards)
-    return PatchReader(manifest, load_table(manifest, split), select_bands(manifest, list(bands)))
-
-
-def written(table: LabelTable, row: int) -> dict[str, np.ndarray]:
-    """Band name -> the pixels as the source made them."""
-    source = TinySource()
-    sample = source.read(table.keys[row].as_py(), table.labels_NC[row])
-    return {band: plane for member in source.members for band, plane in zip(member.bands, sample.payload[member.name])}
-
-
-def read_bands(batch: Batch, reader: PatchReader) -> dict[str, np.ndarray]:
-    """Band name -> uint16 [B, H, W]."""
-    pairs = zip(reader.groups, batch.groups)
-    return {band: tensor[:, i].numpy() for group, tensor in pairs for i, band in enumerate(group.bands)}
-
-
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_all_bands_are_read_as_they_were_written(tiny_shards: Path, split: str) -> None:
-    reader = reader_of(tiny_shards, split=split)
-    rows = np.random.default_rng(0).permutation(len(reader.table))[:12]
-    batch = reader.read(slot_of(rows))
-    found = read_bands(batch, reader)
-    assert set(found) == set(BANDS)
-    assert [group.dtype for group in batch.groups] == [torch.uint16] * 3
-    for place, row in enumerate(rows.tolist()):
-        for band, plane in written(reader.table, row).items():
-            np.testing.assert_array_equal(found[band][place], plane)
-
-
-@pytest.mark.parametrize(
-    "bands",
-    [["B04"], ["B09", "B02"], ["B8A", "B03", "B11", "B08", "B02"], list(reversed(BANDS)), ["B05", "B06", "B07"]],
-)
-def test_chosen_bands_in_any_order(tiny_shards: Path, bands: list[str]) -> None:
-    reader = reader_of(tiny_shards, bands)
-    found = read_bands(reader.read(slot_of([3, 80, 41])), reader)
-    assert sorted(found) == sorted(bands)  # the groups follow the shards' order; Pixels puts them into the asked one
-    for place, row in enumerate([3, 80, 41]):
-        truth = written(reader.table, row)
-        for band in bands:
-            np.testing.assert_array_equal(found[band][place], truth[band])
-
-
-@pytest.mark.parametrize("bands", [["B04"], ["B09", "B02"], list(BANDS)])
-def test_only_the_chosen_planes_are_read(tiny_shards: Path, bands: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    real = os.preadv
-
-    def counting(file: int, buffers: list[memoryview], offset: int) -> int:
-        asked.append(sum(buffer.nbytes for buffer in buffers))
-        return real(file, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", counting)
-    reader_of(tiny_shards, bands).read(slot_of([0, 1]))
-    side = {band: member.shape[1] for member in TinySource().members for band in member.bands}
-    assert sum(asked) == 2 * sum(2 * side[band] ** 2 for band in bands)
-    assert len(asked) == (2 * 3 if len(bands) == 12 else 2 * len(bands))  # a whole member is one read
-
-
-@pytest.mark.parametrize(
-    ("bands", "message"),
-    [
-        (["B02", "B10"], r"data\.bands=B02,B10: B10 not in the shards\. The bands of .* are B02, B03, .*, B01, B09"),
-        (["B02", "B02"], r"data\.bands=B02,B02: each band once, and at least one"),
-        ([], r"data\.bands=: each band once, and at least one"),
-    ],
-)
-def test_unusable_bands_are_refused(tiny_shards: Path, bands: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        select_bands(load_manifest(tiny_shards), bands)
+def make_loader(shards: Path, workers: int, **settings: object) -> ShardLoader:
+    return ShardLoader(make_reader(shards), max_rows=20, workers=workers, **settings)  # type: ignore[arg-type]
 
 
 def as_bytes(batches: Iterable[Batch]) -> list[tuple[bytes, ...]]:
     return [(batch.rows.tobytes(), *(group.numpy().tobytes() for group in batch.groups)) for batch in batches]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more than there are cores
 def test_any_number_of_workers_reads_the_same_batches_over_two_epochs(tiny_shards: Path) -> None:
     """One loader for both epochs: its workers live on, and take the slots of the second one."""
     sizes = load_manifest(tiny_shards).rows_per_shard("train")
-    plans = [plan_epoch(sizes, epoch, seed=0, global_batch=20, world_size=2) for epoch in (0, 1)]
-    loaders = [ShardLoader(reader_of(tiny_shards), workers=workers) for workers in (0, 1, 2)]
-    read = [[as_bytes(loader.read(plan.slots(1))) for plan in plans] for loader in loaders]
-    assert [len(epoch) for epoch in read[0]] == [5, 5]
-    assert read[0][0] != read[0][1]
-    assert read[1] == read[0]
-    assert read[2] == read[0]
-    for epoch, plan in zip(read[0], plans):
-        assert [rows for rows, *_ in epoch] == [slot.rows.tobytes() for slot in plan.slots(1)]
+    plans = [plan_epoch(sizes, epoch, seed=0, global_batch=12, world_size=2) for epoch in (0, 1)]
+    reader = make_reader(tiny_shards)
+    expected = [as_bytes(read_batch(reader, slot) for slot in plan.slots(1)) for plan in plans]
+    assert [len(epoch) for epoch in expected] == [8, 8]
+    assert expected[0] != expected[1]
+    for workers in (0, 1, 2, 3):
+        loader = make_loader(tiny_shards, workers)
+        assert [as_bytes(loader.read(plan.slots(1))) for plan in plans] == expected, workers
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_are_not_forked_fill_the_same_buffers(tiny_shards: Path, method: str) -> None:
+    slots = [slot_of(range(i, i + 6), i) for i in range(0, 60, 6)]
+    expected = as_bytes(make_loader(tiny_shards, 0).read(slots))
+    assert as_bytes(make_loader(tiny_shards, 1, start_method=method).read(slots)) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(tiny_shards: Path, workers: int) -> None:
+    """However far the workers have read ahead by then."""
+    slots = [slot_of([row], row) for row in range(30)]
+    reader = make_reader(tiny_shards)
+    for batch in make_loader(tiny_shards, workers, prefetch=3).read(slots):
+        before = [group.numpy().tobytes() for group in batch.groups]
+        torch.randn(300_000).sort()  # time for the workers to run on
+        assert [group.numpy().tobytes() for group in batch.groups] == before
+        assert before == [group.numpy().tobytes() for group in read_batch(reader, batch.slot).groups]
 
 
 def test_an_epoch_left_half_way_does_not_leak_into_the_next(tiny_shards: Path) -> None:
-    loader = ShardLoader(reader_of(tiny_shards), workers=1)
+    loader = make_loader(tiny_shards, 1)
     first = [slot_of([row], step) for step, row in enumerate(range(20))]
     second = [slot_of([row], step) for step, row in enumerate(range(40, 46))]
-    batches = loader.read(first)
-    next(batches)
-    assert [batch.rows.tolist() for batch in loader.read(second)] == [[row] for row in range(40, 46)]
+    next(loader.read(first))
+    reader = make_reader(tiny_shards)
+    assert as_bytes(loader.read(second)) == as_bytes(read_batch(reader, slot) for slot in second)
 
 
 def test_a_resume_in_mid_epoch_reads_the_rest(tiny_shards: Path) -> None:
     plan = plan_epoch(load_manifest(tiny_shards).rows_per_shard("train"), 0, seed=0, global_batch=20)
-    loader = ShardLoader(reader_of(tiny_shards), workers=0)
+    loader = make_loader(tiny_shards, 0)
     assert as_bytes(loader.read(plan.slots(0, from_step=2))) == as_bytes(loader.read(plan.slots(0)))[2:]
 
 
-def read_elsewhere(comm: Comm, pickled: bytes, rows: list[int]) -> list[bytes]:
-    return [group.numpy().tobytes() for group in pickle.loads(pickled).read(slot_of(rows)).groups]
-
-
-def test_a_reader_that_has_files_open_can_be_sent_to_another_process(tiny_shards: Path) -> None:
-    reader = reader_of(tiny_shards)
-    here = [group.numpy().tobytes() for group in reader.read(slot_of([5, 70])).groups]
-    assert run_ranks(1, read_elsewhere, pickle.dumps(reader), [5, 70]) == [here]
-
-
-def test_a_copy_in_this_process_opens_its_own_files(tiny_shards: Path) -> None:
-    reader = reader_of(tiny_shards)
-    reader.read(slot_of([5]))
-    copy = pickle.loads(pickle.dumps(reader))
-    assert copy._files == {}
-    np.testing.assert_array_equal(
-        copy.read(slot_of([5])).groups[0].numpy(), reader.read(slot_of([5])).groups[0].numpy()
-    )
-
-
-def damaged(shards: Path, folder: Path, row: int, bytes_kept: int) -> tuple[Manifest, LabelTable, Path]:
-    """A copy whose shard of ``row`` ends ``bytes_kept`` bytes after the start of the row's first member."""
-    shutil.copytree(shards, folder)
-    manifest = load_manifest(folder)
-    table = load_table(manifest, "train")
-    path = folder / manifest.shards[int(table.shard_N[row])].name
-    with path.open("r+b") as stream:
-        stream.truncate(int(table.offsets_NM[row, 0]) + bytes_kept)
-    return manifest, table, path
+def test_a_slot_that_is_too_large_is_refused(tiny_shards: Path) -> None:
+    with pytest.raises(ValueError, match="a slot of 21 rows, in a loader for at most 20"):
+        list(make_loader(tiny_shards, 0).read([slot_of(range(21))]))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_truncated_shard_is_told_with_shard_key_and_offset(tiny_shards: Path, tmp_path: Path, workers: int) -> None:
-    manifest, table, path = damaged(tiny_shards, tmp_path / "copy", row=40, bytes_kept=128 + 1000)
-    loader = ShardLoader(PatchReader(manifest, table, select_bands(manifest, BANDS)), workers=workers)
-    offset = int(table.offsets_NM[40, 0]) + 128
-    size = next(shard.bytes for shard in manifest.shards if shard.name == path.name)
-    message = (
-        f"{re.escape(str(path))} ends early: 1000 of 115200 bytes of {table.keys[40].as_py()} at offset {offset}. "
-        rf"The shard is truncated \({size} bytes in the manifest\): copy or make it again"
-    )
+def test_an_error_stops_with_its_own_sentence(tiny_shards: Path, tmp_path: Path, workers: int) -> None:
+    shutil.copytree(tiny_shards, tmp_path / "copy")
+    loader = make_loader(tmp_path / "copy", workers)
+    truncate(tmp_path / "copy", make_reader(tmp_path / "copy"))
     before = list(range(32, 40))  # in the same shard, ahead of the damage
+    message = rf"tiny_\d+ in {re.escape(str(tmp_path))}.*train-000001.tar at offset \d+: the shard ends early"
     with pytest.raises(ReadError, match=message):
         list(loader.read([slot_of(before), slot_of([40])]))
     assert [batch.rows.tolist() for batch in loader.read([slot_of(before)])] == [before]
 
 
-def test_a_missing_shard_is_told(tiny_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_row_that_cannot_be_read_is_skipped_in_its_place(
+    tiny_shards: Path, tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(tiny_shards, tmp_path / "copy")
-    (tmp_path / "copy" / "train-000001.tar").unlink()
-    reader = reader_of(tmp_path / "copy")
-    assert len(reader.read(slot_of([0, 31])).rows) == 2
-    with pytest.raises(
-        ReadError, match=r"train-000001\.tar cannot be opened: No such file or directory\. The manifest lists it"
-    ):
-        reader.read(slot_of([0, 32]))
+    flip_a_pixel(tmp_path / "copy", make_reader(tmp_path / "copy"))
+    whole = make_reader(tiny_shards)
+    slots = [slot_of([3, 40, 7, 9], 0), slot_of([40], 1), slot_of([1, 2], 2)]
+    with caplog.at_level(logging.WARNING):
+        batches = make_loader(tmp_path / "copy", workers, on_error="skip").read(slots)
+        found = [(batch.failed.tolist(), [group.clone() for group in batch.groups]) for batch in batches]
+    assert [failed for failed, _ in found] == [[False, True, False, False], [True], [False, False]]
+    mate = read_batch(whole, slot_of([3, 3, 7, 9]))  # the failed row has its mate's pixels
+    assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(found[0][1], mate.groups))
+    assert not any(group.view(torch.int16).any() for group in found[1][1])
+    key = whole.table.keys[40].as_py()
+    assert [record.message.split(" in ")[0] for record in caplog.records] == [f"skipped: {key}"] * 2
+
+
+def test_a_missing_shard_skips_all_of_its_rows_and_no_others(tiny_shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_shards, tmp_path / "copy")
+    reader = make_reader(tmp_path / "copy")
+    remove(tmp_path / "copy", reader)
+    loader = make_loader(tmp_path / "copy", 1, on_error="skip")
+    slots = [slot_of(range(start, min(start + 18, 90))) for start in range(0, 90, 18)]
+    failed = np.concatenate([batch.failed for batch in loader.read(slots)])
+    np.testing.assert_array_equal(failed, reader.table.shard_N == 1)
+
+
+def test_staging_hints_reach_the_files_once_for_each_change(tiny_shards: Path) -> None:
+    hints: list[list[str]] = []
+
+    class Noting(type(make_reader(tiny_shards).files)):  # type: ignore[misc]
+        def stage(self, shards: Iterable[object]) -> None:
+            hints.append([shard.name for shard in shards])  # type: ignore[attr-defined]
+
+    reader = make_reader(tiny_shards)
+    reader.files = Noting(tiny_shards)
+    loader = ShardLoader(reader, max_rows=4, workers=0)
+    slots = [slot_of([step], step) for step in range(6)]
+    list(loader.read(slots, lambda step: (2, 0) if step < 3 else (0, 1)))
+    names = [shard.name for shard in reader.manifest.shards if shard.split == "train"]
+    assert hints == [[names[2], names[0]], [names[0], names[1]]]
 
 
 def test_a_batch_moves_to_a_device_whole(tiny_shards: Path) -> None:
-    batch = reader_of(tiny_shards).read(slot_of([1, 2]))
+    batch = read_batch(make_reader(tiny_shards), slot_of([1, 2]))
     moved = batch.to(torch.device("cpu"))
     assert moved.slot is batch.slot
     assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(moved.groups, batch.groups))
+
+
+def test_a_ring_holds_its_arrays_apart_and_leaves_no_file(tmp_path: Path) -> None:
+    before = set(os.listdir("/dev/shm"))
+    ring = Ring([((3, 5), "uint16"), ((3,), "uint8"), ((2, 2), "float32")], count=3)
+    for number in range(3):
+        for place, array in enumerate(ring.arrays(number)):
+            array[...] = 10 * number + place
+    for number in range(3):
+        assert [array.flat[0] for array in ring.arrays(number)] == [10 * number, 10 * number + 1, 10 * number + 2]
+        assert [array.ctypes.data % 4096 for array in ring.arrays(number)] == [0, 0, 0]
+    assert set(os.listdir("/dev/shm")) == before
+
+
+def test_buffers_outlive_a_loader_whose_batch_is_still_held(tiny_shards: Path) -> None:
+    """A view of memory that is gone would be a crash, not an error: tried in a process of its own."""
+    program = (
+        "import sys; from pathlib import Path; from tests.test_sharding_loader import make_loader, slot_of\n"
+        "import gc\n"
+        "loader = make_loader(Path(sys.argv[1]), 1); batches = loader.read([slot_of([1, 2])]); batch = next(batches)\n"
+        "before = batch.groups[0].numpy().tobytes(); del loader, batches; gc.collect()\n"
+        "assert batch.groups[0].numpy().tobytes() == before; print('held')"
+    )
+    command = [sys.executable, "-c", program, str(tiny_shards)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "held\n"), done.stderr

@@ -3,25 +3,30 @@ on them in seconds.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from adagc_dist.config import Config
 from launch.recipe import load_config
 from sharding import reben
-from sharding.manifest import Manifest, Member
+from sharding.files import LocalFiles
+from sharding.loader import Batch
+from sharding.manifest import Manifest, Member, load_manifest, load_table
+from sharding.plan import Slot
+from sharding.reader import PatchReader, Target, select_bands
 from sharding.rng import derive_rng
 from sharding.sample import Place, Sample
 from sharding.sources import Index
 from sharding.writer import write_shards
 
-__all__ = ["TinySource", "rename_class", "tiny_config", "tiny_settings", "write_tiny"]
+__all__ = ["TinySource", "make_reader", "read_batch", "rename_class", "tiny_config", "tiny_settings", "write_tiny"]
 
 ROWS_PER_SHARD = 32  # 90 train rows make shards of 32, 32 and 26
 
@@ -101,3 +106,19 @@ def rename_class(manifest: Manifest, number: int, name: str) -> Manifest:
     classes = [*manifest.classes]
     classes[number] = name
     return dataclasses.replace(manifest, classes=tuple(classes))
+
+
+def make_reader(
+    shards: Path, bands: Iterable[str] = reben.BANDS, split: str = "train", *, check: bool = True
+) -> PatchReader:
+    manifest = load_manifest(shards)
+    groups = select_bands(manifest, list(bands))
+    return PatchReader(manifest, load_table(manifest, split), groups, LocalFiles(manifest.tars), check)
+
+
+def read_batch(reader: PatchReader, slot: Slot) -> Batch:
+    """One slot in this process, in arrays of its own."""
+    arrays = [np.zeros(shape, dtype) for shape, dtype in reader.buffers(len(slot.rows))]
+    for _, error in reader.read(slot.rows, Target(arrays)):
+        raise error
+    return Batch(slot, tuple(torch.from_numpy(array) for array in arrays), np.zeros(len(slot.rows), dtype=np.bool_))

@@ -52,8 +52,8 @@ class AdaGC:
 
     def _warmup(self, batch: TrainingBatch) -> Losses:
         logits_BC = self._engine.forward(batch.images)
-        self._store.blend(batch.rows, logits_BC.detach().sigmoid())
-        bce = bce_B(logits_BC, batch.observed_BC).sum() / batch.num_global
+        self._store.blend(batch.rows, logits_BC.detach().sigmoid(), read_B=batch.read_B)
+        bce = batch.share(bce_B(logits_BC, batch.observed_BC))
         return Losses(total=bce, bce=bce.detach(), gc=bce.detach().new_zeros(()))
 
     def _calibrated(self, batch: TrainingBatch) -> Losses:
@@ -68,8 +68,8 @@ class AdaGC:
             logits_BC = self._engine.forward(images)
             pseudo_BC = self._pseudo_labels(batch, logits_BC.detach().sigmoid())
             counts = self._count(pseudo_BC, batch)
-        bce = bce_B(logits_BC, observed_BC).sum() / batch.num_global
-        gc = calibration_B(logits_BC, pseudo_BC, mask_unobserved(observed_BC)).sum() / batch.num_global
+        bce = batch.share(bce_B(logits_BC, observed_BC))
+        gc = batch.share(calibration_B(logits_BC, pseudo_BC, mask_unobserved(observed_BC)))
         gc = self._config.gc_weight * gc
         return Losses(total=bce + gc, bce=bce.detach(), gc=gc.detach(), pseudo_counts=counts)
 
@@ -79,7 +79,7 @@ class AdaGC:
         """
         return combine_pseudo_labels(
             self._predict(self._teacher.model, batch.images),
-            self._store.blend(batch.rows, student_BC),
+            self._store.blend(batch.rows, student_BC, read_B=batch.read_B),
             combine=self._config.combine,
             teacher_weight=self._config.teacher_weight,
             threshold=self._config.pseudo_threshold,
@@ -97,6 +97,8 @@ class AdaGC:
     @torch.no_grad()
     def _count(self, pseudo_BC: Tensor, batch: TrainingBatch) -> Tensor:
         hidden_BC = batch.observed_BC == 0
+        if batch.read_B is not None:
+            hidden_BC = hidden_BC & batch.read_B[:, None]
         positive_BC = (pseudo_BC >= self._counted_from) & hidden_BC
         true_BC = batch.labels_BC & hidden_BC
         return torch.stack([positive_BC.sum(), (positive_BC & true_BC).sum(), true_BC.sum()]).float()

@@ -25,5 +25,5 @@ class AssumeNegative:
 
     def losses(self, batch: TrainingBatch, phase: Phase) -> Losses:
         logits_BC = self._engine.forward(batch.images)
-        bce = bce_B(logits_BC, batch.observed_BC).sum() / batch.num_global
+        bce = batch.share(bce_B(logits_BC, batch.observed_BC))
         return Losses(total=bce, bce=bce.detach(), gc=bce.detach().new_zeros(()))

@@ -1,0 +1,128 @@
+"""The shards of a configuration: where they are, what is read of them, and by whom."""
+
+import getpass
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy import bool_
+from numpy.typing import NDArray
+
+from adagc_dist.config import Config
+from adagc_dist.pixels import Pixels
+from adagc_dist.spml import observe
+from sharding.files import LocalFiles, ShardFiles
+from sharding.loader import ShardLoader
+from sharding.manifest import LabelTable, Manifest, load_manifest, load_table
+from sharding.plan import EpochPlan, evaluation_staging, plan_epoch
+from sharding.reader import BandGroup, PatchReader, select_bands
+
+__all__ = ["Shards", "make_plan"]
+
+_REMOTE_WINDOW = 16  # shards; with the next window 32 are kept at hand, 5 GB of reBEN's
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A shard folder as a configuration sees it."""
+
+    config: Config
+    manifest: Manifest
+    files: ShardFiles
+    groups: tuple[BandGroup, ...]
+
+    @classmethod
+    def open(cls, config: Config) -> "Shards":
+        """Read the manifest, fetched first where it is remote, and find the bands.
+
+        Raises:
+            FileNotFoundError, FetchError, ValueError: no shard folder, or a band it does not hold.
+        """
+        manifest, files = _located(config)
+        return cls(config, manifest, files, select_bands(manifest, config.data.bands))
+
+    @property
+    def window_shards(self) -> int:
+        """``data.window_shards``, where it is null by where the shards are."""
+        named = self.config.data.window_shards
+        if named is not None:
+            return named
+        return 0 if isinstance(self.files, LocalFiles) else _REMOTE_WINDOW
+
+    def table(self, split: str) -> LabelTable:
+        return load_table(self.manifest, split)
+
+    def observed(self, table: LabelTable) -> NDArray[bool_]:
+        """bool [N, C]: the labels that ``spml.policy`` leaves."""
+        return observe(table, self.config.spml.policy, self.config.spml.seed, self.manifest.classes)
+
+    def pixels(self, device: torch.device, statistics: dict[str, tuple[float, float]] | None = None) -> Pixels:
+        size = self.config.data.size
+        found = statistics or self.manifest.band_statistics(size)
+        return Pixels(self.groups, self.config.data.bands, statistics=found, size=size).to(device)
+
+    def loader(self, table: LabelTable, device: torch.device, *, max_rows: int) -> ShardLoader:
+        """Batches of at most ``max_rows`` rows of ``table``."""
+        data = self.config.data
+        return ShardLoader(
+            PatchReader(self.manifest, table, self.groups, self.files, data.check_digests),
+            max_rows=max_rows,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            page_lock=device.type == "cuda",
+            on_error=data.on_error,
+        )
+
+    def evaluation_staging(self, table: LabelTable, block: int, world_size: int) -> Callable[[int], Sequence[int]]:
+        """What a cache should hold from an evaluation block on."""
+        return evaluation_staging(self.manifest.rows_per_shard(table.split), block, ahead=4 * world_size)
+
+    def identity(self) -> dict[str, Any]:
+        """What a trained model is bound to."""
+        statistics = self.manifest.band_statistics(self.config.data.size)
+        return {
+            "classes": list(self.manifest.classes),
+            "bands": list(self.config.data.bands),
+            "statistics": {band: list(values) for band, values in statistics.items()},
+            "shards": self.manifest.digest,
+        }
+
+
+def make_plan(shards: Shards, world_size: int, epoch: int) -> EpochPlan:
+    """The plan of ``epoch`` over the train split for ``world_size`` ranks."""
+    config = shards.config
+    return plan_epoch(
+        shards.manifest.rows_per_shard("train"),
+        epoch,
+        seed=config.run.seed,
+        global_batch=config.optim.global_batch,
+        world_size=world_size,
+        accumulation=config.optim.accumulation,
+        window_shards=shards.window_shards,
+    )
+
+
+def _located(config: Config) -> tuple[Manifest, ShardFiles]:
+    """The manifest, and where its tars are: beside it, in another folder, or at a URL."""
+    location = config.data.shards
+    if "://" not in location:
+        manifest = load_manifest(location)
+        if "://" not in manifest.origin:
+            return manifest, LocalFiles(manifest.tars)
+    from sharding.cache import ShardCache, cache_folder, mirror_manifest  # fsspec, for those who fetch
+
+    cache = _cache_root(config)
+    if "://" in location:
+        manifest = load_manifest(mirror_manifest(location, cache))
+    origin = manifest.origin or location
+    return manifest, ShardCache(origin, cache_folder(origin, cache), limit_bytes=int(config.data.cache_gb * 1e9))
+
+
+def _cache_root(config: Config) -> Path:
+    """``data.cache``; by default in the system's temporary folder, where a node has its fast disk."""
+    named = config.data.cache or os.path.join(tempfile.gettempdir(), f"adagc-cache-{getpass.getuser()}")
+    return Path(os.path.expandvars(named)).expanduser()
