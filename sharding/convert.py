@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sharding.convert_formats import FORMATS
+
 if TYPE_CHECKING:
     from sharding.writer import Outcome
 
@@ -32,10 +34,15 @@ with the same arguments, it goes on where it was. The result is the same bytes f
 
 _REBEN = """\
 Reads reBEN (BigEarthNet v2.0) in its official layout: --root holds BigEarthNet-S2, Reference_Maps and metadata.parquet
-(without the maps all works but labels chosen by area). The 12 bands are stored as they are: native size, uint16."""
+(without the maps all works but labels chosen by area). The 12 bands are stored as they are: native size, uint16.
+
+--archives reads BigEarthNet-S2.tar.zst and Reference_Maps.tar.zst as they are downloaded (also .tar.gz, .tar), with
+metadata.parquet beside them, and unpacks none of their 7 million files: the shards are the same, to the byte. OUT needs
+space for the shards and little more."""
 
 _REBEN_EXAMPLE = """\
 example:
+  adagc shard reben --archives /downloads/reben --out /data/reben-shards --workers 32
   adagc shard reben --root /data/reben --out /data/reben-shards --workers 32
 
 The 480,038 recommended patches of reBEN become 79 GB of shards. OUT/report.json counts patches without a map and with
@@ -57,7 +64,7 @@ def synth(argv: list[str]) -> int:
 
 
 def shard(argv: list[str]) -> int:
-    """``adagc shard reben``: convert a dataset to shards. Returns the exit code."""
+    """``adagc shard FORMAT``: convert a dataset to shards. Returns the exit code."""
     parser = _parser("adagc shard", _SHARD, _REBEN_EXAMPLE)
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     _add_reben(
@@ -69,19 +76,39 @@ def shard(argv: list[str]) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    for other in FORMATS:
+        more = formats.add_parser(
+            other.name,
+            help=f"{other.title}; `adagc shard {other.name} --help` tells more",
+            description=other.description,
+            epilog=other.example,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        other.add_options(more)
+        _add_packing(more, "patches in a tar (default: %(default)s)")
+        more.set_defaults(source=other.source)
     asked = parser.parse_args(argv)
-    return _guarded("adagc shard", lambda: _shard_reben(asked))
+    return _guarded("adagc shard", lambda: _shard_reben(asked) if asked.format == "reben" else _shard_other(asked))
 
 
 def _add_reben(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
-    option("--root", type=Path, required=True, metavar="TREE", help="folder with BigEarthNet-S2 and metadata.parquet")
-    option("--out", type=Path, required=True, metavar="DIR", help="folder to write: new, empty or unfinished")
-    size = "patches in a tar, 0.16 MB each (default: %(default)s)"
-    option("--samples-per-shard", type=_positive, default=1000, metavar="N", help=size)
-    option("--seed", type=int, default=0, metavar="S", help="of the packing order (default: %(default)s)")
+    where = parser.add_mutually_exclusive_group(required=True)
+    tree = "folder with BigEarthNet-S2 and metadata.parquet"
+    where.add_argument("--root", type=Path, metavar="TREE", help=tree)
+    archives = "folder with BigEarthNet-S2.tar.zst and metadata.parquet"
+    where.add_argument("--archives", type=Path, metavar="DIR", help=archives)
     snow = "also the 69,450 patches with seasonal snow, clouds or shadows (default: without them)"
     option("--include-snow-cloud", action="store_true", help=snow)
+    _add_packing(parser, "patches in a tar, 0.16 MB each (default: %(default)s)")
+
+
+def _add_packing(parser: argparse.ArgumentParser, size: str) -> None:
+    """What every format asks."""
+    option = parser.add_argument
+    option("--out", type=Path, required=True, metavar="DIR", help="folder to write: new, empty or unfinished")
+    option("--samples-per-shard", type=_positive, default=1000, metavar="N", help=size)
+    option("--seed", type=int, default=0, metavar="S", help="of the packing order (default: %(default)s)")
     unusable = "a patch that cannot be used: stop, or skip it and list it at the end (default: %(default)s)"
     option("--on-error", choices=("stop", "skip"), default="stop", help=unusable)
     _add_workers(parser)
@@ -129,7 +156,7 @@ def _shares(text: str) -> tuple[float, float, float]:
 
 def _guarded(command: str, action: Callable[[], None]) -> int:
     """Run it; what a user can put right is one message, anything else a traceback."""
-    from sharding.sources import PatchError
+    from sharding.source import PatchError
 
     try:
         action()
@@ -156,12 +183,34 @@ def _synth(asked: argparse.Namespace) -> None:
 
 
 def _shard_reben(asked: argparse.Namespace) -> None:
+    from sharding.archives import RebenArchives
     from sharding.sources import RebenTree
     from sharding.writer import write_shards
 
-    source = RebenTree(asked.root, include_snow_cloud=asked.include_snow_cloud)
+    source: RebenTree | RebenArchives
+    if asked.archives is None:
+        source, staging = RebenTree(asked.root, include_snow_cloud=asked.include_snow_cloud), None
+    else:
+        source = staging = RebenArchives(
+            asked.archives, asked.out / ".partial" / "staged", include_snow_cloud=asked.include_snow_cloud
+        )
     outcome = write_shards(
         source,
+        asked.out,
+        seed=asked.seed,
+        samples_per_shard=asked.samples_per_shard,
+        workers=asked.workers,
+        skip=asked.on_error == "skip",
+        staging=staging,
+    )
+    print(_summary(asked.out, outcome))
+
+
+def _shard_other(asked: argparse.Namespace) -> None:
+    from sharding.writer import write_shards
+
+    outcome = write_shards(
+        asked.source(asked),
         asked.out,
         seed=asked.seed,
         samples_per_shard=asked.samples_per_shard,

@@ -4,9 +4,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from multiprocessing.connection import wait as wait_for_handles
 from typing import TypeVar
 
@@ -18,9 +19,10 @@ Result = TypeVar("Result")
 
 def run_tasks(
     work: Callable[[Task], Result],
-    tasks: Sequence[Task],
+    tasks: Iterable[Task],
     *,
     workers: int,
+    ahead: int | None = None,
     preload: Sequence[str] = (),
     poll: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
@@ -29,6 +31,7 @@ def run_tasks(
     Args:
         work: a function of a module (it is found by name in the workers).
         workers: number of processes; 0 works in this one (for tests and debuggers).
+        ahead: take no more than so many tasks before their results are there: bounds the memory of large tasks.
         preload: modules to import once, before the workers are forked from the process that did.
         poll: called about twice a second while waiting.
 
@@ -44,9 +47,10 @@ def run_tasks(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *preload])
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(min(workers, max(len(tasks), 1)), mp_context=context, initializer=_prepare_worker)
+    count = min(workers, max(len(tasks), 1)) if isinstance(tasks, Sized) else workers
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_prepare_worker)
     try:
-        yield from _results([pool.submit(work, task) for task in tasks], poll)
+        yield from _results((pool.submit(work, task) for task in tasks), ahead, poll)
     except BrokenProcessPool as error:
         raise RuntimeError(
             f"one of {workers} worker processes died without a word: killed from outside, or for using too much memory "
@@ -60,13 +64,14 @@ def run_tasks(
         pool.shutdown(cancel_futures=True)
 
 
-def _results(futures: list[Future[Result]], poll: Callable[[], None]) -> Iterator[Result]:
-    pending = set(futures)
+def _results(futures: Iterator[Future[Result]], ahead: int | None, poll: Callable[[], None]) -> Iterator[Result]:
+    pending = set(islice(futures, ahead))
     while pending:
         done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
         poll()
         for future in done:
             yield future.result()
+        pending |= set(islice(futures, len(done)))
 
 
 def _prepare_worker() -> None:

@@ -13,15 +13,20 @@ from numpy.typing import NDArray
 
 from sharding.manifest import Member
 
-__all__ = ["BANDS", "BAND_FOLDER", "CLASSES", "CLC_CODES", "DATASET", "MAP_FOLDER", "MAP_SIZE", "MEMBERS", "METADATA",
-           "METADATA_SNOW_CLOUD", "PATCH_METRES", "TILE_PATCHES", "TRAIN_COUNTS", "UNLABELLED_CODES", "class_areas",
-           "classes_of_codes", "patch_folder", "patch_position", "split_of"]  # fmt: skip
+__all__ = ["BANDS", "BAND_FOLDER", "CLASSES", "CLC_CODES", "DATASET", "MAP_FOLDER", "MAP_SIZE", "MD5", "MEMBERS",
+           "METADATA", "METADATA_SNOW_CLOUD", "PATCH_METRES", "TILE_PATCHES", "TRAIN_COUNTS", "UNLABELLED_CODES",
+           "class_areas", "classes_of_codes", "patch_folder", "patch_position", "split_of"]  # fmt: skip
 
 DATASET = "reben"
 METADATA = "metadata.parquet"
 METADATA_SNOW_CLOUD = "metadata_for_patches_with_snow_cloud_or_shadow.parquet"
 BAND_FOLDER = "BigEarthNet-S2"
 MAP_FOLDER = "Reference_Maps"
+# md5 of the official files, of Zenodo record 10891137.
+MD5 = {
+    "BigEarthNet-S2.tar.zst": "2245ed2d1a93f6ce637d839bc856396e",
+    "Reference_Maps.tar.zst": "95d85a222fa983faddcac51a19f28917",
+}
 
 PATCH_METRES = 1200
 MAP_SIZE = 120

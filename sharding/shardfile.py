@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sharding.manifest import Member, file_digest, table_schema
 from sharding.partial import FinishedShard, Partial, replace_durably
 from sharding.sample import Sample, encode_members
-from sharding.sources import PatchError, PatchSource
+from sharding.source import PatchError, PatchSource
 from sharding.statistics import BandSums, add_sums, largest_side, measure
 
 __all__ = ["ShardTask", "write_shard"]
@@ -78,6 +78,8 @@ def _write_tar(task: ShardTask, path: Path, shard: FinishedShard) -> tuple[list[
         for key, labels_C in zip(task.keys, task.labels_NC):
             try:
                 sample = task.source.read(key, labels_C)
+                native = _add(native, task.source.members, sample, side=0)
+                resampled = _add(resampled, task.source.members, sample, side=side) if side else None
             except PatchError as error:
                 if not task.skip:
                     raise
@@ -86,8 +88,6 @@ def _write_tar(task: ShardTask, path: Path, shard: FinishedShard) -> tuple[list[
             members = encode_members(sample, task.source.classes)
             tar.write({"__key__": key, **members})
             digests.append([xxhash.xxh3_64_intdigest(members[name]) for name in sample.payload])
-            native = _add(native, task.source.members, sample, side=0)
-            resampled = _add(resampled, task.source.members, sample, side=side) if side else None
             _compare_with_map(sample, shard)
             samples.append(Sample(key, {}, labels_C, sample.coverage_C, sample.place))
     shard.sums = [sums for sums in (native, resampled) if sums is not None]
@@ -95,7 +95,12 @@ def _write_tar(task: ShardTask, path: Path, shard: FinishedShard) -> tuple[list[
 
 
 def _add(sums: BandSums | None, members: tuple[Member, ...], sample: Sample, *, side: int) -> BandSums:
-    one = measure(members, sample.payload, side)
+    try:
+        one = measure(members, sample.payload, side)
+    except ValueError as error:  # an encoded image is decoded here for the first time
+        raise PatchError(
+            sample.key, ", ".join(f"{sample.key}.{member.name}" for member in members), str(error)
+        ) from error
     return one if sums is None else add_sums(sums, one)
 
 

@@ -7,10 +7,11 @@ ground) and cut into shards; a shard is one task. Letters: N rows of a shard, C 
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -31,10 +32,10 @@ from sharding.pool import run_tasks
 from sharding.progress import Progress
 from sharding.rng import derive_rng
 from sharding.shardfile import ShardTask, write_shard
-from sharding.sources import Index, PatchSource
+from sharding.source import Index, PatchSource
 from sharding.statistics import add_sums, largest_side, statistics_of
 
-__all__ = ["REPORT_JSON", "Outcome", "write_shards"]
+__all__ = ["REPORT_JSON", "Outcome", "Staging", "write_shards"]
 
 REPORT_JSON = "report.json"
 FORMAT = 2  # of packing and tar members; part of the settings, so that shards of two versions never mix
@@ -50,6 +51,16 @@ class Outcome:
     seconds: float
 
 
+class Staging(Protocol):
+    """Work before the first shard, for a source that cannot read any patch at any time (archives, tapes)."""
+
+    def prepare(self, tasks: Sequence[ShardTask], todo: Sequence[ShardTask], workers: int) -> None:
+        """Make the patches of ``todo`` ready to be read; ``tasks`` are all shards. Raises as ``write_shards`` does."""
+
+    def release(self, task: ShardTask) -> None:
+        """The shard is on the disk: its patches will not be read again."""
+
+
 def write_shards(
     source: PatchSource,
     out: Path,
@@ -58,6 +69,7 @@ def write_shards(
     samples_per_shard: int = 1000,
     workers: int = 1,
     skip: bool = False,
+    staging: Staging | None = None,
 ) -> Outcome:
     """Write all patches of ``source`` as tar shards into ``out``, then the manifest.
 
@@ -68,6 +80,7 @@ def write_shards(
         samples_per_shard: rows in each shard but the last of a split.
         workers: processes; 0 works in this one.
         skip: leave unusable patches out and list them, instead of stopping at the first.
+        staging: what has to be done before ``source`` can be read, and after.
 
     Raises:
         PatchError: an unusable patch, where ``skip`` is False.
@@ -85,7 +98,7 @@ def write_shards(
         return _finished(partial, settings)
     with partial.begun(settings):
         tasks = _plan(source, index, partial, seed=seed, samples_per_shard=samples_per_shard, skip=skip)
-        shards, written = _run(tasks, workers)
+        shards, written = _run(tasks, workers, staging)
         manifest, report = _assemble(source, partial, shards, seed, settings)
         partial.remove()
     return Outcome(manifest, report, written, time.monotonic() - start)
@@ -124,9 +137,11 @@ def _plan(
     return tasks
 
 
-def _run(tasks: list[ShardTask], workers: int) -> tuple[list[FinishedShard], int]:
+def _run(tasks: list[ShardTask], workers: int, staging: Staging | None) -> tuple[list[FinishedShard], int]:
     """All shards in the order of ``tasks``, and how many patches were written now."""
     todo = [task for task in tasks if _reusable(task) is None]
+    if staging is not None and todo:
+        staging.prepare(tasks, todo, workers)
     total = sum(len(task.keys) for task in tasks)
     ready = total - sum(len(task.keys) for task in todo)
     with Progress("sharding", total, unit="patches") as progress:
@@ -138,6 +153,8 @@ def _run(tasks: list[ShardTask], workers: int) -> tuple[list[FinishedShard], int
 
         preload = ("sharding.shardfile", "webdataset")
         for task in run_tasks(write_shard, todo, workers=workers, preload=preload, poll=poll):
+            if staging is not None:
+                staging.release(task)
             ready += len(task.keys)
             progress.at(ready)
     # from their side-cars, all of them: what this run wrote must not differ in a byte from what an earlier one did
