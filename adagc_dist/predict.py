@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adagc_dist.comm import Comm
 from adagc_dist.pixels import Pixels
-from sharding.loader import ShardLoader
+from sharding.loader import BatchReader
 from sharding.plan import Slot, evaluation_blocks
 
 __all__ = ["Scores", "SplitScorer", "check_bad_rows"]
@@ -53,7 +53,7 @@ class SplitScorer:
 
     def __init__(
         self,
-        loader: ShardLoader,
+        loader: BatchReader,
         pixels: Pixels,
         *,
         num_rows: int,

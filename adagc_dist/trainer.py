@@ -22,7 +22,7 @@ from adagc_dist.schedule import learning_rate
 from adagc_dist.teacher import EmaTeacher
 from adagc_dist.tracking import NullTracker, Tracker
 from adagc_dist.validate import Validation, Validator
-from sharding.loader import Batch, ShardLoader
+from sharding.loader import Batch, BatchReader
 from sharding.plan import EpochPlan
 from sharding.progress import Progress
 from sharding.rng import derive_seed
@@ -63,7 +63,7 @@ class Trainer:
     teacher: EmaTeacher
     method: Method
     feed: Feed
-    loader: ShardLoader
+    loader: BatchReader
     validator: Validator
     detector: EarlyLearningDetector
     checkpoints: CheckpointStore

@@ -16,14 +16,14 @@ from adagc_dist.config import Config
 from adagc_dist.pixels import Pixels
 from adagc_dist.spml import observe
 from sharding.files import LocalFiles, ShardFiles
-from sharding.loader import ShardLoader
+from sharding.loader import BatchReader, ShardLoader
 from sharding.manifest import LabelTable, Manifest, load_manifest, load_table
 from sharding.plan import EpochPlan, evaluation_staging, plan_epoch
 from sharding.reader import BandGroup, PatchReader, select_bands
 
 __all__ = ["Shards", "make_plan"]
 
-_REMOTE_WINDOW = 16  # shards; with the next window 32 are kept at hand, 5 GB of reBEN's
+_STREAMED_WINDOW = 16  # shards; with the next window 32 are kept at hand, 5 GB of reBEN's
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Shards:
         named = self.config.data.window_shards
         if named is not None:
             return named
-        return 0 if isinstance(self.files, LocalFiles) else _REMOTE_WINDOW
+        at_hand = isinstance(self.files, LocalFiles) and self.config.data.reader == "indexed"
+        return 0 if at_hand else _STREAMED_WINDOW
 
     def table(self, split: str) -> LabelTable:
         return load_table(self.manifest, split)
@@ -65,9 +66,11 @@ class Shards:
         found = statistics or self.manifest.band_statistics(size)
         return Pixels(self.groups, self.config.data.bands, statistics=found, size=size).to(device)
 
-    def loader(self, table: LabelTable, device: torch.device, *, max_rows: int) -> ShardLoader:
+    def loader(self, table: LabelTable, device: torch.device, *, max_rows: int) -> BatchReader:
         """Batches of at most ``max_rows`` rows of ``table``."""
         data = self.config.data
+        if data.reader == "webdataset":
+            return self._stream_loader(table)
         return ShardLoader(
             PatchReader(self.manifest, table, self.groups, self.files, data.check_digests),
             max_rows=max_rows,
@@ -75,6 +78,21 @@ class Shards:
             prefetch=data.prefetch,
             page_lock=device.type == "cuda",
             on_error=data.on_error,
+        )
+
+    def _stream_loader(self, table: LabelTable) -> BatchReader:
+        from sharding.streams import StreamLoader, Streams
+
+        data = self.config.data
+        return StreamLoader(
+            self.manifest,
+            table,
+            self.groups,
+            Streams(self.files.name),
+            check_digests=data.check_digests,
+            on_error=data.on_error,
+            workers=data.workers,
+            prefetch=data.prefetch,
         )
 
     def evaluation_staging(self, table: LabelTable, block: int, world_size: int) -> Callable[[int], Sequence[int]]:

@@ -8,7 +8,7 @@ buffers that is used again and again (``sharding.ring``), and say which buffer i
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from sharding.plan import Slot
 from sharding.reader import PatchReader, ReadError, Target
 from sharding.ring import Ring
 
-__all__ = ["Batch", "ShardLoader"]
+__all__ = ["Batch", "BatchReader", "ShardLoader", "cover_failed"]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,13 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """On the device; from a page-locked ring without waiting."""
         return replace(self, groups=tuple(group.to(device, non_blocking=True) for group in self.groups))
+
+
+class BatchReader(Protocol):
+    """What training and evaluation ask of a loader."""
+
+    def read(self, slots: Iterable[Slot], staged: Callable[[int], Sequence[int]] = ...) -> Iterator[Batch]:
+        """The batches of ``slots``, in their order; ``staged`` names the shards of a step and soon after."""
 
 
 class ShardLoader:
@@ -164,7 +171,7 @@ class _SlotReader(Dataset["_Report"]):
         failed = self._reader.read(job.slot.rows, target, go_on=self._skip)
         if failed and not self._skip:
             return _Report(job.slot, job.buffer, error=failed[0][1])
-        _cover(target.arrays, len(job.slot.rows), [place for place, _ in failed])
+        cover_failed(target.arrays, len(job.slot.rows), [place for place, _ in failed])
         return _Report(job.slot, job.buffer, tuple((place, str(error)) for place, error in failed))
 
 
@@ -173,7 +180,7 @@ def _is_first_worker() -> bool:
     return worker is None or worker.id == 0
 
 
-def _cover(arrays: Sequence[NDArray[np.generic]], size: int, failed: Sequence[int]) -> None:
+def cover_failed(arrays: Sequence[NDArray[np.generic]], size: int, failed: Sequence[int]) -> None:
     """Failed rows become copies of their mates, or of any row that was read, or zero if there is none."""
     good = sorted(set(range(size)) - set(failed))
     for place in failed:
@@ -200,7 +207,7 @@ class _Work:
     def in_transfer(self, buffer: int) -> None:
         """The consumer has asked for the next batch: its transfers of this one are in the device's queue."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()  # type: ignore[no-untyped-call]
+        event.record()
         self._transfers[buffer] = event
 
     def __iter__(self) -> Iterator[_Job]:
@@ -219,7 +226,7 @@ def _lock_pages(ring: Ring) -> bool:
 
     Only after the workers were forked: a child's view of registered pages is not worth relying on before.
     """
-    code = torch.cuda.cudart().cudaHostRegister(ring.memory.ctypes.data, ring.nbytes, 0)
+    code = torch.cuda.cudart().cudaHostRegister(ring.memory.ctypes.data, ring.nbytes, 0)  # type: ignore[no-untyped-call]
     if int(code) != 0:
         log.warning("the loader's buffers could not be page-locked (CUDA error %s): transfers will wait", code)
     return int(code) == 0
