@@ -127,6 +127,11 @@ class Manifest:
     table_digest: str
     origin: str = ""
 
+    @property
+    def tars(self) -> Path:
+        """The local folder of the tars, or, where they are remote, the one they are fetched into."""
+        return self.root if not self.origin or "://" in self.origin else Path(self.origin)
+
     @cached_property
     def bands(self) -> tuple[str, ...]:
         """Band names in the order of the members."""

@@ -1,0 +1,267 @@
+"""Tars of every dialect are read as tarfile reads them, and what tarfile passes over in silence is an error."""
+
+import gzip
+import io
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sharding.manifest import file_digest
+from sharding.tarindex import TarFault, TarIndex, index_tar, split_name, walk_tar
+from sharding.tarread import LocalBlocks, StreamReader
+
+Members = list[tuple[str, bytes]]
+SAMPLES: Members = [(f"dir/s{i:02d}.{ext}", bytes([i]) * (300 * i + 7)) for i in range(20) for ext in ("npy", "json")]
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def write_tar(path: Path, members: Members, format: int = tarfile.USTAR_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            info.mtime = 1_600_000_000.25 if format == tarfile.PAX_FORMAT else 0  # type: ignore[assignment]
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def expected(path: Path) -> list[tuple[str, int, int]]:
+    with tarfile.open(path) as tar:
+        return [(m.name.removeprefix("./"), m.offset_data, m.size) for m in tar if m.isreg()]
+
+
+def found(index: TarIndex) -> list[tuple[str, int, int]]:
+    return list(zip(index.names, index.offsets.tolist(), index.sizes.tolist()))
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_agrees_with_tarfile(tmp_path: Path, format: int) -> None:
+    path = write_tar(tmp_path / "a.tar", SAMPLES, format)
+    index = index_tar(path)
+    assert found(index) == expected(path)
+    assert index.keys[:2] == ["dir/s00", "dir/s00"]
+    assert index.extensions[:2] == ["npy", "json"]
+    content = path.read_bytes()
+    for (_, data), offset, size in zip(SAMPLES, index.offsets, index.sizes):
+        assert content[offset : offset + size] == data
+
+
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=90).filter(
+    lambda name: name not in (".", "..")
+)
+PATHS = st.lists(NAMES, min_size=1, max_size=3).map("/".join)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    members=st.lists(st.tuples(PATHS, st.binary(max_size=1600)), max_size=8),
+    format=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+)
+def test_any_members(tmp_path: Path, members: Members, format: int) -> None:
+    path = write_tar(tmp_path / "any.tar", members, format)
+    assert found(index_tar(path)) == expected(path)
+    with LocalBlocks(path) as blocks:
+        assert list(walk_tar(StreamReader(blocks), "")) == expected(path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=st.integers(0, 20 * 2 * 2), byte=st.integers(0, 511), value=st.integers(0, 255))
+def test_a_changed_header_never_passes(tmp_path: Path, position: int, byte: int, value: int) -> None:
+    path = write_tar(tmp_path / "changed.tar", SAMPLES)
+    offsets = index_tar(path).offsets
+    place = int(offsets[position % len(offsets)]) - 512 + byte
+    content = bytearray(path.read_bytes())
+    if content[place] == value or 148 <= place % 512 < 156:  # blanks and zeros around the sum mean the same
+        return
+    content[place] = value
+    path.write_bytes(content)
+    with pytest.raises(TarFault):
+        index_tar(path)
+
+
+def test_webdataset(tmp_path: Path) -> None:
+    path = tmp_path / "w.tar"
+    with path.open("wb") as stream, webdataset.TarWriter(stream) as tar:
+        for i in range(5):
+            tar.write({"__key__": f"key{i}", "npy": np.full(3, i), "json": {"i": i}})
+    assert found(index_tar(path)) == expected(path)
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar command")
+@pytest.mark.parametrize("format", ["v7", "oldgnu", "gnu", "ustar", "posix"])
+def test_system_tar(tmp_path: Path, format: str) -> None:
+    folder = tmp_path / "in" / "deep"
+    folder.mkdir(parents=True)
+    for name, content in SAMPLES:
+        (folder / Path(name).name).write_bytes(content)
+    (folder / "link.json").symlink_to("s00.json")
+    (folder / "same.npy").hardlink_to(folder / "s00.npy")
+    if format not in ("v7", "ustar"):
+        (folder / ("x" * 150 + ".npy")).write_bytes(b"long")
+    path = tmp_path / "s.tar"
+    subprocess.run(["tar", f"--format={format}", "-C", tmp_path / "in", "-cf", path, "."], check=True)
+    index = index_tar(path)
+    assert found(index) == expected(path)
+    assert not any(name.startswith("./") for name in index.names)
+
+
+def test_base_256_size(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "b.tar", SAMPLES)
+    content = bytearray(path.read_bytes())
+    size = int(content[124:135], 8)
+    content[124:136] = b"\x80" + size.to_bytes(11, "big")
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    path.write_bytes(content)
+    assert found(index_tar(path)) == expected(path)
+
+
+@pytest.mark.parametrize(
+    "size", [b"-0000001000\0", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"77777777777\0", b"12 34567890\0"]
+)
+@pytest.mark.parametrize("kind", [b"0", b"x", b"L", b"?"])
+def test_impossible_sizes(tmp_path: Path, size: bytes, kind: bytes) -> None:
+    """With a right checksum: neither an endless loop nor a request for all memory."""
+    path = write_tar(tmp_path / "b.tar", SAMPLES)
+    content = bytearray(path.read_bytes())
+    place = header_before(path, 2)
+    content[place + 124 : place + 136], content[place + 156 : place + 157] = size, kind
+    content[place + 148 : place + 156] = b" " * 8
+    content[place + 148 : place + 156] = b"%06o\0 " % sum(content[place : place + 512])
+    path.write_bytes(content)
+    with pytest.raises(TarFault) as caught:
+        index_tar(path)
+    assert caught.value.offset == place
+
+
+def test_sum_of_signed_bytes(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "b.tar", [("größe.npy", b"123")], tarfile.GNU_FORMAT)
+    content = bytearray(path.read_bytes())
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(byte - 256 * (byte > 127) for byte in content[:512])
+    path.write_bytes(content)
+    assert found(index_tar(path)) == expected(path) == [("größe.npy", 512, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("a/b.c/d.e.f", ("a/b.c/d", "e.f")),
+        ("d.JPG", ("d", "JPG")),
+        ("none", ("", "")),
+        ("a.b/none", ("", "")),
+        ("._d.npy", ("", "")),
+        ("__index__/x.json", ("", "")),
+        ("__key__.json", ("", "")),
+        ("__a.json", ("__a", "json")),
+    ],
+)
+def test_keys_as_webdataset_has_them(name: str, parts: tuple[str, str]) -> None:
+    assert split_name(name) == parts
+
+
+def header_before(path: Path, number: int) -> int:
+    return int(index_tar(path).offsets[number]) - 512
+
+
+def spoil_sum(path: Path) -> None:
+    patch(path, header_before(path, 20) + 3, b"X")
+
+
+def zero_header(path: Path) -> None:
+    patch(path, header_before(path, 20), bytes(512))
+
+
+def cut_payload(path: Path) -> None:
+    truncate(path, int(index_tar(path).offsets[20]) + 100)
+
+
+def cut_between(path: Path) -> None:
+    truncate(path, header_before(path, 20))
+
+
+def cut_header(path: Path) -> None:
+    truncate(path, header_before(path, 20) + 100)
+
+
+def pack(path: Path) -> None:
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(b"key,split\n" * 400)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def joined(path: Path) -> None:
+    path.write_bytes(path.read_bytes() * 2)
+
+
+def patch(path: Path, offset: int, data: bytes) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset : offset + len(data)] = data
+    path.write_bytes(content)
+
+
+def truncate(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (spoil_sum, "bad header checksum"),
+        (zero_header, "a zeroed header, which means the end of the archive, but data follow at offset"),
+        (joined, "or tars joined end to end"),
+        (cut_payload, "truncated: dir/s10.npy has 3007 bytes, 100 are there"),
+        (cut_between, "truncated: the file ends before its end-of-archive mark"),
+        (cut_header, "truncated: the file ends in the middle of a header"),
+        (pack, "offset 0: compressed by gzip: gunzip first"),
+        (overwrite, "offset 0: is no tar"),
+        (empty, "offset 0: the file is empty"),
+    ],
+)
+def test_faults(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    path = write_tar(tmp_path / "f.tar", SAMPLES)
+    offset = header_before(path, 20)
+    damage(path)
+    with pytest.raises(TarFault, match=r"f\.tar, offset ") as caught:
+        index_tar(path)
+    assert message in str(caught.value)
+    if damage in (spoil_sum, zero_header, cut_payload, cut_between, cut_header):
+        assert caught.value.offset == offset
+
+
+def test_sparse_is_refused(tmp_path: Path) -> None:
+    if shutil.which("tar") is None:
+        pytest.skip("there is no tar command")
+    with (tmp_path / "holes.npy").open("wb") as stream:
+        stream.truncate(1 << 20)
+        stream.seek(1 << 19)
+        stream.write(b"data")
+    for format in ("gnu", "posix"):
+        path = tmp_path / f"{format}.tar"
+        subprocess.run(["tar", "--sparse", f"--format={format}", "-C", tmp_path, "-cf", path, "holes.npy"], check=True)
+        with pytest.raises(TarFault, match="sparse"):
+            index_tar(path)
+
+
+def test_a_stream_has_the_digest_of_the_file(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "big.tar", [("a.npy", b"1" * 5_000_000), ("b.npy", b"2" * 3_000_001), *SAMPLES])
+    content = path.read_bytes()
+    with LocalBlocks(path) as blocks:
+        stream = StreamReader(blocks)
+        for _, offset, size in walk_tar(stream, ""):
+            assert stream.read(offset, size) == content[offset : offset + size]
+        assert stream.digest() == file_digest(path)
