@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from sharding.convert_formats import FORMATS
 
 if TYPE_CHECKING:
+    from sharding.manifest import Manifest
     from sharding.writer import Outcome
 
 __all__ = ["shard", "synth"]
@@ -204,6 +205,7 @@ def _shard_reben(asked: argparse.Namespace) -> None:
         staging=staging,
     )
     print(_summary(asked.out, outcome))
+    print("\n".join(_beside_published(outcome.manifest)))
 
 
 def _shard_other(asked: argparse.Namespace) -> None:
@@ -230,7 +232,7 @@ def _summary(out: Path, outcome: "Outcome") -> str:
     lines = [
         f"shards {out}: {sum(report['rows'].values())} patches ({rows}) in {len(shards)} shards, {size:.1f} MB",
         f"written now: {outcome.written}, {rate}" if outcome.written else "it was finished before: nothing to do",
-        _finding("patches without a reference map (no dominant label)", report["maps_missing"]),
+        _finding("patches without area shares, for lack of a map (no dominant label)", report["maps_missing"]),
         _finding("patches with labels other than their map's (the metadata win)", report["label_disagreements"]),
         f"patches skipped: {len(skipped)}",
         *(f"  {item['patch']}, file {item['file']}: {item['reason']}" for item in skipped[:20]),
@@ -238,6 +240,23 @@ def _summary(out: Path, outcome: "Outcome") -> str:
     if len(skipped) > 20:
         lines.append(f"  ... and {len(skipped) - 20} more, see {out / 'report.json'}")
     return "\n".join(lines)
+
+
+def _beside_published(manifest: "Manifest") -> list[str]:
+    """How far the train split's statistics are from those published for the whole of reBEN's."""
+    from sharding import reben
+
+    lines = []
+    for side, published in ((0, reben.PUBLISHED_NATIVE), (reben.MAP_SIZE, reben.PUBLISHED_BILINEAR)):
+        ours = manifest.band_statistics(side)
+        off = [[(ours[band][i] / values[i] - 1, band) for band, values in published.items()] for i in range(2)]
+        (mean, mean_band), (std, std_band) = (max(part, key=lambda pair: abs(pair[0])) for part in off)
+        name = f"bilinear at {side}" if side else "native"
+        lines.append(
+            f"band statistics ({name}) beside those published for reBEN's whole train split: means differ by at most "
+            f"{mean:+.2%} ({mean_band}), deviations by {std:+.2%} ({std_band})"
+        )
+    return lines
 
 
 def _finding(what: str, counted: dict[str, object]) -> str:

@@ -6,6 +6,7 @@ buffers that is used again and again (``sharding.ring``), and say which buffer i
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -14,13 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sharding.plan import Slot
-from sharding.reader import PatchReader, ReadError, Target
+from sharding.reader import PatchReader
 from sharding.ring import Ring
+from sharding.workers import Filler, Job, Report, StartMethod, WorkerPool
 
-__all__ = ["Batch", "BatchReader", "ShardLoader", "cover_failed"]
+__all__ = ["Batch", "BatchReader", "ShardLoader"]
 
 log = logging.getLogger(__name__)
 
@@ -79,25 +80,23 @@ class ShardLoader:
         prefetch: int = 2,
         page_lock: bool = False,
         on_error: Literal["stop", "skip"] = "stop",
-        start_method: Literal["fork", "spawn", "forkserver"] = "fork",
+        start_method: StartMethod = "fork",
     ) -> None:
-        # in flight at most workers * prefetch; one more is with the consumer, one may still be on its way to the device
-        self._ring = Ring(reader.buffers(max_rows), count=workers * prefetch + 2)
-        self._views = [self._tensors(number) for number in range(self._ring.count)]
-        self._work = _Work(self._ring.count, max_rows)
-        self._page_lock, self._locked = page_lock, False
-        self._loader: DataLoader[_Report] = DataLoader(
-            _SlotReader(reader, self._ring, skip=on_error == "skip"),
-            batch_size=None,
-            sampler=self._work,
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            persistent_workers=workers > 0,
-            multiprocessing_context=start_method if workers else None,
-        )
+        self._max_rows, self._workers, self._method = max_rows, workers, start_method
+        self._ahead = workers * prefetch
+        # beside those in flight one is with the consumer, and one may still be on its way to the device; no more than
+        # that: a ring that fits in the processor's cache is filled faster
+        count = self._ahead + 1 + page_lock
+        self._ring = Ring([((max_rows,), "int32"), *reader.buffers(max_rows)], count)
+        self._rows, self._groups = self._views()
+        self._filler = Filler(reader, self._ring, skip=on_error == "skip")
+        self._pool: WorkerPool | None = None
+        self._page_lock = page_lock
+        self._transfers: list[torch.cuda.Event | None] = [None] * self._ring.count
+        self._reading = 0
 
     def read(self, slots: Iterable[Slot], staged: Callable[[int], Sequence[int]] = lambda step: ()) -> Iterator[Batch]:
-        """The batches of ``slots``, in their order.
+        """The batches of ``slots``, in their order. One reading at a time: a new one ends the one before.
 
         Args:
             slots: what to read.
@@ -105,127 +104,83 @@ class ShardLoader:
 
         Raises:
             ReadError: a row's bytes could not be read (on_error "stop").
+            RuntimeError: a worker died.
             ValueError: a slot of more than ``max_rows`` rows.
         """
-        self._work.begin(slots, staged)
-        reports = iter(self._loader)  # the workers are running from here on
-        if self._page_lock:
-            self._page_lock, self._locked = False, _lock_pages(self._ring)
-        for report in reports:
-            yield self._batch(report)
-            if self._locked:
-                self._work.in_transfer(report.buffer)
+        self._begin()
+        reading = self._reading
+        for slot, buffer, report in self._reports(slots, staged):
+            yield self._batch(slot, buffer, report)
+            if reading != self._reading:
+                raise RuntimeError("another reading of this loader has begun: its buffers are in use")
+            self._note_transfer(buffer)
 
-    def _batch(self, report: "_Report") -> Batch:
+    def _begin(self) -> None:
+        self._reading += 1
+        if self._pool is not None:
+            self._pool.drain()  # an epoch that was left half-way still fills buffers
+        elif self._workers:
+            self._pool = WorkerPool(self._filler, self._workers, self._method)
+        if self._page_lock and self._reading == 1:
+            # after the workers were forked: what a child sees of registered pages is not worth relying on
+            self._page_lock = _lock_pages(self._ring)
+
+    def _reports(
+        self, slots: Iterable[Slot], staged: Callable[[int], Sequence[int]]
+    ) -> Iterator[tuple[Slot, int, Report]]:
+        """Each slot with its buffer and what came of it; ``self._ahead`` later ones are under way."""
+        under_way: deque[tuple[Slot, int]] = deque()
+        for number, slot in enumerate(slots):
+            job = self._job(number % self._ring.count, slot, tuple(staged(slot.step)))
+            if self._pool is None:
+                yield slot, job.buffer, self._filler.fill(job)
+                continue
+            if len(under_way) == self._ahead:
+                done = (*under_way.popleft(), self._pool.receive())
+                self._pool.submit(job)  # before the consumer goes to work on what is done
+                under_way.append((slot, job.buffer))
+                yield done
+            else:
+                self._pool.submit(job)
+                under_way.append((slot, job.buffer))
+        while under_way:
+            assert self._pool is not None
+            yield (*under_way.popleft(), self._pool.receive())
+
+    def _job(self, buffer: int, slot: Slot, staged: tuple[int, ...]) -> Job:
+        size = len(slot.rows)
+        if size > self._max_rows:
+            raise ValueError(f"a slot of {size} rows, in a loader for at most {self._max_rows}")
+        event, self._transfers[buffer] = self._transfers[buffer], None
+        if event is not None:
+            event.synchronize()  # of two batches ago: it has long ended, or the device is behind
+        self._rows[buffer][:size] = slot.rows
+        return Job(buffer, size, staged)
+
+    def _batch(self, slot: Slot, buffer: int, report: Report) -> Batch:
         if report.error is not None:
             raise report.error
-        size = len(report.slot.rows)
-        failed = np.zeros(size, dtype=np.bool_)
-        failed[[place for place, _ in report.failed]] = True
-        for _, message in report.failed:
+        failed = np.zeros(len(slot.rows), dtype=np.bool_)
+        for place, message in report.failed:
+            failed[place] = True
             log.warning("skipped: %s", message)
-        return Batch(report.slot, tuple(view[:size] for view in self._views[report.buffer]), failed)
+        return Batch(slot, tuple(group[: len(slot.rows)] for group in self._groups[buffer]), failed)
 
-    def _tensors(self, number: int) -> list[Tensor]:
-        return [torch.from_numpy(array) for array in self._ring.arrays(number)]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A slot to be read into a buffer of the ring."""
-
-    slot: Slot
-    buffer: int
-    staged: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Report:
-    """A worker's answer. Errors travel as values: raised there, DataLoader would bury their sentence in a traceback."""
-
-    slot: Slot
-    buffer: int
-    failed: tuple[tuple[int, str], ...] = ()
-    error: ReadError | None = None
-
-
-class _SlotReader(Dataset["_Report"]):
-    """Map-style view for DataLoader, whose index is the job itself."""
-
-    def __init__(self, reader: PatchReader, ring: Ring, *, skip: bool) -> None:
-        self._reader, self._ring, self._skip = reader, ring, skip
-        self._staged: tuple[int, ...] = ()
-        self._targets: dict[int, Target] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_targets": {}}
-
-    def __getitem__(self, job: _Job) -> _Report:
-        if job.staged != self._staged:
-            self._staged = job.staged
-            if _is_first_worker():  # one fetches ahead for all of a rank; a shard that is wanted now, anyone
-                self._reader.stage(job.staged)
-        if job.buffer not in self._targets:
-            self._targets[job.buffer] = Target(self._ring.arrays(job.buffer))
-        target = self._targets[job.buffer]
-        failed = self._reader.read(job.slot.rows, target, go_on=self._skip)
-        if failed and not self._skip:
-            return _Report(job.slot, job.buffer, error=failed[0][1])
-        cover_failed(target.arrays, len(job.slot.rows), [place for place, _ in failed])
-        return _Report(job.slot, job.buffer, tuple((place, str(error)) for place, error in failed))
-
-
-def _is_first_worker() -> bool:
-    worker = get_worker_info()
-    return worker is None or worker.id == 0
-
-
-def cover_failed(arrays: Sequence[NDArray[np.generic]], size: int, failed: Sequence[int]) -> None:
-    """Failed rows become copies of their mates, or of any row that was read, or zero if there is none."""
-    good = sorted(set(range(size)) - set(failed))
-    for place in failed:
-        source = place ^ 1 if place ^ 1 in good else good[0] if good else None
-        for array in arrays:
-            array[place] = 0 if source is None else array[source]
-
-
-class _Work:
-    """The sampler: hands out the slots of the current epoch, each with the buffer it is to be read into.
-
-    Buffers are taken in turn. DataLoader asks for one more job when it hands a batch out, so at that moment the buffer
-    asked for was released two batches ago; if its transfer to a GPU has not ended yet, that is waited for here.
-    """
-
-    def __init__(self, buffers: int, max_rows: int) -> None:
-        self._transfers: list[torch.cuda.Event | None] = [None] * buffers
-        self._max_rows = max_rows
-        self.begin((), lambda step: ())
-
-    def begin(self, slots: Iterable[Slot], staged: Callable[[int], Sequence[int]]) -> None:
-        self._slots, self._staged = slots, staged
-
-    def in_transfer(self, buffer: int) -> None:
+    def _note_transfer(self, buffer: int) -> None:
         """The consumer has asked for the next batch: its transfers of this one are in the device's queue."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._transfers[buffer] = event
+        if self._page_lock:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._transfers[buffer] = event
 
-    def __iter__(self) -> Iterator[_Job]:
-        for number, slot in enumerate(self._slots):
-            if len(slot.rows) > self._max_rows:
-                raise ValueError(f"a slot of {len(slot.rows)} rows, in a loader for at most {self._max_rows}")
-            buffer = number % len(self._transfers)
-            event, self._transfers[buffer] = self._transfers[buffer], None
-            if event is not None:
-                event.synchronize()
-            yield _Job(slot, buffer, tuple(self._staged(slot.step)))
+    def _views(self) -> tuple[list[NDArray[np.int32]], list[list[Tensor]]]:
+        """Per buffer: the rows to be read, and the groups as tensors."""
+        buffers = [self._ring.arrays(number) for number in range(self._ring.count)]
+        return [rows for rows, *_ in buffers], [[torch.from_numpy(group) for group in rest] for _, *rest in buffers]
 
 
 def _lock_pages(ring: Ring) -> bool:
-    """Register the ring with CUDA; where that is refused (a limit on locked memory), transfers wait, but are right.
-
-    Only after the workers were forked: a child's view of registered pages is not worth relying on before.
-    """
+    """Register the ring with CUDA; where that is refused (a limit on locked memory), transfers wait, but are right."""
     code = torch.cuda.cudart().cudaHostRegister(ring.memory.ctypes.data, ring.nbytes, 0)  # type: ignore[no-untyped-call]
     if int(code) != 0:
         log.warning("the loader's buffers could not be page-locked (CUDA error %s): transfers will wait", code)

@@ -301,10 +301,9 @@ def load_table(manifest: Manifest, split: str) -> LabelTable:
         raise ValueError(
             f"{path} is not the table that {MANIFEST_JSON} was written with: one of them was changed or damaged"
         )
-    table = pq.read_table(path).combine_chunks()
-    table = table.filter(pc.equal(table["split"], split)).sort_by("row").combine_chunks()
+    table = pq.read_table(path, filters=pc.field("split") == split).sort_by("row").combine_chunks()
     num_classes, num_members = len(manifest.classes), len(manifest.members)
-    return LabelTable(
+    found = LabelTable(
         split=split,
         keys=_only_chunk(table, "key"),
         labels_NC=_matrix(table, "labels", num_classes).astype(np.bool_),
@@ -314,6 +313,9 @@ def load_table(manifest: Manifest, split: str) -> LabelTable:
         sizes_NM=_matrix(table, "size", num_members),
         digests_NM=None if _only_chunk(table, "digest").null_count else _matrix(table, "digest", num_members),
     )
+    del table
+    pa.default_memory_pool().release_unused()  # workers would inherit it, 300 MB for reBEN
+    return found
 
 
 def _only_chunk(table: pa.Table, name: str) -> pa.Array:

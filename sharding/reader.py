@@ -120,10 +120,9 @@ class PatchReader:
     _open: dict[int, int] = field(default_factory=dict, repr=False)
     _owner: int = 0
     _cold: bool = False
-    _layouts: dict[tuple[int, ...], "_Layout"] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_open": {}, "_owner": 0, "_layouts": {}}
+        return self.__dict__ | {"_open": {}, "_owner": 0}
 
     def buffers(self, rows: int) -> list[tuple[tuple[int, ...], str]]:
         """Shape and dtype of what ``read`` fills for so many rows: per group [B, planes, height, width]."""
@@ -139,6 +138,8 @@ class PatchReader:
         Returns what failed: (position in ``rows``, error); only the first of them unless ``go_on``. The pixels of a
         failed row are undefined.
         """
+        if self._owner != os.getpid():  # after a fork the parent's descriptors are the parent's to close
+            self._open, self._owner = {}, os.getpid()
         start = time.perf_counter()
         work = _Work(self, rows, target)
         if self._cold:
@@ -166,20 +167,17 @@ class PatchReader:
         return first_N - _TAR_HEADER
 
     @cached_property
-    def _usual(self) -> tuple[int, ...] | None:
-        """The members' places within a row where they are the same in all rows, as in all tars of equal patches."""
-        relative = self.table.offsets_NM - self._first_N[:, None]
-        return tuple(relative[0].tolist()) if (relative == relative[:1]).all() else None
+    def _usual_layout(self) -> _Layout | None:
+        """Where all rows have one, as in all tars of equal patches."""
+        wanted = [group.member for group in self.groups]
+        relative = self.table.offsets_NM[:, wanted] - self._first_N[:, None]
+        return self._layout(0) if (relative == relative[:1]).all() else None
 
     def _layout(self, row: int) -> _Layout:
-        places = self._usual or tuple((self.table.offsets_NM[row] - self._first_N[row]).tolist())
-        if places not in self._layouts:
-            self._layouts[places] = _lay_out(places, self.manifest.members, self.groups)
-        return self._layouts[places]
+        places = (self.table.offsets_NM[row] - self._first_N[row]).tolist()
+        return _lay_out(places, self.manifest.members, self.groups)
 
     def _file(self, number: int) -> int:
-        if self._owner != os.getpid():  # after a fork the parent's descriptors are the parent's to close
-            self._open, self._owner = {}, os.getpid()
         if number not in self._open:
             if len(self._open) == _OPEN_FILES:
                 os.close(self._open.pop(next(iter(self._open))))  # the one opened first
@@ -200,18 +198,17 @@ class Target:
         self.arrays = arrays
         self.row_bytes = [array[0].nbytes for array in arrays]
         self._pixels = [array.reshape(-1).view(np.uint8).data for array in arrays]
-        self._rows: dict[tuple[_Layout, int], _RowTarget] = {}
-        self._scratch: dict[_Layout, bytearray] = {}
+        self._usual: tuple[_Layout | None, list[_RowTarget]] = (None, [])
 
-    def row(self, layout: _Layout, place: int) -> "_RowTarget":
-        """Where the bytes of the row at ``place`` go."""
-        found = self._rows.get((layout, place))
-        if found is None:
-            scratch = self._scratch.setdefault(layout, bytearray(layout.scratch))
-            found = self._rows[layout, place] = self._row_target(layout, place, scratch)
-        return found
+    def rows(self, layout: _Layout) -> list["_RowTarget"]:
+        """Where the bytes of each row go if all have this layout."""
+        if self._usual[0] is not layout:
+            scratch = bytearray(layout.scratch)
+            self._usual = layout, [self.row(layout, place, scratch) for place in range(len(self.arrays[0]))]
+        return self._usual[1]
 
-    def _row_target(self, layout: _Layout, place: int, scratch: bytearray) -> "_RowTarget":
+    def row(self, layout: _Layout, place: int, scratch: bytearray) -> "_RowTarget":
+        """Where the bytes of the row at ``place`` go, headers and gaps into ``scratch``."""
         view = memoryview(scratch)
         pixels = [memory[place * size : (place + 1) * size] for memory, size in zip(self._pixels, self.row_bytes)]
         runs = tuple(
@@ -252,7 +249,9 @@ class _Work:
         self._shards: list[int] = table.shard_N[rows].tolist()
         self._first: list[int] = reader._first_N[rows].tolist()
         self._keys: list[str] = table.keys.take(rows).to_pylist()
-        self._layouts = [reader._layout(row) for row in self._rows]
+        usual = reader._usual_layout
+        self._layouts = [usual or reader._layout(row) for row in self._rows]
+        self._targets = target.rows(usual) if usual else None
         known = reader.check_digests and table.digests_NM is not None
         self._digests: list[list[int]] | None = table.digests_NM[rows].tolist() if known else None  # type: ignore[index]
 
@@ -269,25 +268,32 @@ class _Work:
 
     def read(self, place: int) -> None:
         """All groups of one row."""
-        file, layout = self._reader._file(self._shards[place]), self._layouts[place]
+        reader, layout = self._reader, self._layouts[place]
+        file = reader._open.get(self._shards[place]) or reader._file(self._shards[place])
         if layout.first_raw is not None:
-            self._read_raw(file, place, layout)
+            if self._targets is not None:
+                target = self._targets[place]
+            else:
+                target = self._target.row(layout, place, bytearray(layout.scratch))
+            self._read_raw(file, place, target)
+            self._check_name(place, layout.first_raw, target.scratch)
+            if self._digests is not None:
+                self._check_digests(place, target)
         for number in layout.encoded:
             self._decode(file, place, number)
 
-    def _read_raw(self, file: int, place: int, layout: _Layout) -> None:
-        target, first = self._target.row(layout, place), self._first[place]
+    def _read_raw(self, file: int, place: int, target: _RowTarget) -> None:
         for start, wanted, buffers in target.runs:
+            offset = self._first[place] + start
             try:
-                count = os.preadv(file, buffers, first + start)
+                count = os.preadv(file, buffers, offset)
             except OSError as error:
-                raise self._error(place, first + start, str(error.strerror)) from error
+                raise self._error(place, offset, str(error.strerror)) from error
             if count != wanted:
-                raise self._ends_early(place, first + start, count, wanted)
-        assert layout.first_raw is not None
-        self._check_name(place, layout.first_raw, target.scratch)
-        if self._digests is None:
-            return
+                raise self._ends_early(place, offset, count, wanted)
+
+    def _check_digests(self, place: int, target: _RowTarget) -> None:
+        assert self._digests is not None
         for member, header, pixels in target.checks:
             digest = xxh3_64(header)
             digest.update(pixels)

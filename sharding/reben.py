@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from sharding.manifest import Member
 
 __all__ = ["BANDS", "BAND_FOLDER", "CLASSES", "CLC_CODES", "DATASET", "MAP_FOLDER", "MAP_SIZE", "MD5", "MEMBERS",
-           "METADATA", "METADATA_SNOW_CLOUD", "PATCH_METRES", "TILE_PATCHES", "TRAIN_COUNTS", "UNLABELLED_CODES",
-           "class_areas", "classes_of_codes", "patch_folder", "patch_position", "split_of"]  # fmt: skip
+           "METADATA", "METADATA_SNOW_CLOUD", "PATCH_METRES", "PUBLISHED_BILINEAR", "PUBLISHED_NATIVE", "TILE_PATCHES",
+           "TRAIN_COUNTS", "UNLABELLED_CODES", "class_areas", "classes_of_codes", "patch_folder", "patch_position",
+           "split_of"]  # fmt: skip
 
 DATASET = "reben"
 METADATA = "metadata.parquet"
@@ -63,6 +64,20 @@ CLASSES = (
     "Inland waters",
     "Marine waters",
 )
+
+# Mean and standard deviation per band over the train split, as published with ConfigILM 0.7
+# (configilm/extra/BENv2_utils.py): of the native pixels, and of those resampled to 120 x 120, bilinear. They check ours.
+# The published resampling aligns corners, ours does not: the bilinear ones agree only nearly.
+PUBLISHED_NATIVE = {
+    "B01": (361.077, 575.069), "B02": (438.372, 607.027), "B03": (614.056, 603.297), "B04": (588.410, 684.569),
+    "B05": (942.843, 738.433), "B06": (1769.932, 1100.456), "B07": (2049.552, 1275.805), "B08": (2193.292, 1369.372),
+    "B8A": (2235.557, 1356.544), "B09": (2241.455, 1316.393), "B11": (1568.227, 1070.161), "B12": (997.732, 813.528),
+}  # fmt: skip
+PUBLISHED_BILINEAR = {
+    "B01": (360.647, 563.173), "B02": (438.372, 607.027), "B03": (614.056, 603.297), "B04": (588.410, 684.569),
+    "B05": (942.748, 727.578), "B06": (1769.849, 1087.429), "B07": (2049.476, 1261.430), "B08": (2193.292, 1369.372),
+    "B8A": (2235.487, 1342.490), "B09": (2241.106, 1294.355), "B11": (1568.212, 1063.920), "B12": (997.715, 806.885),
+}  # fmt: skip
 
 # Patches of the recommended train split (237,871) that carry each class.
 TRAIN_COUNTS = (33626, 6398, 88236, 15190, 42968, 51034, 60127, 15082, 64164, 76344, 78791, 6984, 6329, 64198, 738,

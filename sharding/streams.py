@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from sharding.images import decode_image
-from sharding.loader import Batch, cover_failed
+from sharding.loader import Batch
 from sharding.manifest import LabelTable, Manifest, Shard
 from sharding.plan import Slot
 from sharding.reader import BandGroup, ReadError
+from sharding.workers import cover_failed
 
 __all__ = ["StreamLoader", "Streams"]
 

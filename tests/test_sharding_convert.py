@@ -61,7 +61,7 @@ def test_two_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     printed = capsys.readouterr().out
     assert "9 patches (train 6, validation 1, test 2) in 3 shards" in printed
     assert "written now: 9, " in printed
-    assert "patches without a reference map (no dominant label): 0" in printed
+    assert "patches without area shares, for lack of a map (no dominant label): 0" in printed
     assert "patches with labels other than their map's (the metadata win): 0" in printed
     assert "patches skipped: 0" in printed
 

@@ -1,4 +1,4 @@
-"""Slots through worker processes: the same batches for any number of them, in reused buffers; errors told or skipped."""
+"""Slots through worker processes: the same batches for any number of them, in reused buffers; errors told, skipped."""
 
 import logging
 import os
