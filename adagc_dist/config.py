@@ -20,8 +20,6 @@ __all__ = [
     "SpmlConfig",
 ]
 
-BANDS = ("B02", "B03", "B04", "B08", "B05", "B06", "B07", "B8A", "B11", "B12", "B01", "B09")
-
 
 def _check(condition: bool, message: str) -> None:
     if not condition:
@@ -32,10 +30,12 @@ def _check(condition: bool, message: str) -> None:
 class DataConfig:
     shards: str = ""
     """Folder made by `adagc shard` or `adagc index` (required), or its URL: http(s)://, s3://, whatever fsspec has."""
-    bands: tuple[str, ...] = BANDS
-    """Bands by name, in the order in which the student sees them; only these are read."""
-    size: int = 120
-    """Side of the student's input in pixels; bands of other sizes are resampled to it (bilinear) on the device."""
+    bands: tuple[str, ...] | None = None
+    """Bands by name, in the order in which the student sees them; only these are read. null: all of the shards, in
+    their order (reBEN: B02 B03 B04 B08, B05 B06 B07 B8A B11 B12, B01 B09)."""
+    size: int | None = None
+    """Side of the student's input in pixels; bands of other sizes are resampled to it (bilinear) on the device. null:
+    that of the largest band (reBEN: 120)."""
     workers: int = 2
     """Reading processes per rank; 0 reads in the training process."""
     prefetch: int = 2
@@ -62,7 +62,7 @@ class DataConfig:
     """Train on a random one of the eight symmetries of the square, drawn per patch and epoch."""
 
     def __post_init__(self) -> None:
-        _check(self.size > 0, f"data.size={self.size} must be positive")
+        _check(self.size is None or self.size > 0, f"data.size={self.size} must be positive, or null")
         _check(self.workers >= 0, f"data.workers={self.workers} must not be negative")
         _check(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1")
         _check(self.window_shards is None or self.window_shards >= 0, "data.window_shards must be null, 0 or more")

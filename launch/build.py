@@ -66,6 +66,7 @@ def build_trainer(config: Config, *, comm: Comm, device: torch.device, checkpoin
     """
     with first_error_everywhere(comm):  # before the first collective: DDP's constructor is one
         parts = _load(config)
+    _check_one_manifest(parts.shards, comm)
     shards, train, validation = parts.shards, parts.train, parts.validation
     plan = lru_cache(maxsize=2)(lambda epoch: make_plan(shards, comm.world_size, epoch))
     engine = DdpEngine(parts.student, config, comm=comm, device=device)
@@ -97,11 +98,24 @@ def build_trainer(config: Config, *, comm: Comm, device: torch.device, checkpoin
     )  # fmt: skip
 
 
+def _check_one_manifest(shards: Shards, comm: Comm) -> None:
+    """Collective. Raises ValueError where ranks have read different shards: nodes with copies of their own, or a remote
+    folder that was just replaced.
+    """
+    digests = comm.all_gather_object(shards.manifest.digest)
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"data.shards={shards.config.data.shards} is not the same on all ranks: the manifest of rank 0 has digest "
+            f"{digests[0]}, that of rank {other} {digests[other]}. Give all nodes the same shards"
+        )
+
+
 def _load(config: Config) -> _Parts:
     shards = Shards.open(config)
     train, validation = shards.table("train"), shards.table("validation")
     observed, observed_validation = shards.observed(train), shards.observed(validation)
-    classes, bands = len(shards.manifest.classes), len(config.data.bands)
+    classes, bands = len(shards.manifest.classes), len(shards.bands)
     student = create_student(config.model, num_bands=bands, num_classes=classes, seed=config.run.seed)
     if config.model.prior_bias:
         set_prior_bias(student, observed.mean(axis=0))

@@ -43,7 +43,17 @@ class Shards:
             FileNotFoundError, FetchError, ValueError: no shard folder, or a band it does not hold.
         """
         manifest, files = _located(config)
-        return cls(config, manifest, files, select_bands(manifest, config.data.bands))
+        return cls(config, manifest, files, select_bands(manifest, config.data.bands or manifest.bands))
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """What the student sees, in its order."""
+        return self.config.data.bands or self.manifest.bands
+
+    @property
+    def size(self) -> int:
+        """The side of the student's input."""
+        return self.config.data.size or max(member.shape[-1] for member in self.manifest.members)
 
     @property
     def window_shards(self) -> int:
@@ -62,9 +72,8 @@ class Shards:
         return observe(table, self.config.spml.policy, self.config.spml.seed, self.manifest.classes)
 
     def pixels(self, device: torch.device, statistics: dict[str, tuple[float, float]] | None = None) -> Pixels:
-        size = self.config.data.size
-        found = statistics or self.manifest.band_statistics(size)
-        return Pixels(self.groups, self.config.data.bands, statistics=found, size=size).to(device)
+        found = statistics or self.manifest.band_statistics(self.size)
+        return Pixels(self.groups, self.bands, statistics=found, size=self.size).to(device)
 
     def loader(self, table: LabelTable, device: torch.device, *, max_rows: int) -> BatchReader:
         """Batches of at most ``max_rows`` rows of ``table``."""
@@ -101,10 +110,10 @@ class Shards:
 
     def identity(self) -> dict[str, Any]:
         """What a trained model is bound to."""
-        statistics = self.manifest.band_statistics(self.config.data.size)
+        statistics = self.manifest.band_statistics(self.size)
         return {
             "classes": list(self.manifest.classes),
-            "bands": list(self.config.data.bands),
+            "bands": list(self.bands),
             "statistics": {band: list(values) for band, values in statistics.items()},
             "shards": self.manifest.digest,
         }

@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     parser.add_argument(
-        "recipe", help="a YAML file, or the name of a shipped recipe: demo, reben_random, reben_dominant"
+        "recipe", help="a YAML file, or the name of a shipped recipe: demo, reben_random, reben_dominant, aid_random"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the recipe's")
     add_ranks(parser)

@@ -66,8 +66,8 @@ CLASSES = (
 )
 
 # Mean and standard deviation per band over the train split, as published with ConfigILM 0.7
-# (configilm/extra/BENv2_utils.py): of the native pixels, and of those resampled to 120 x 120, bilinear. They check ours.
-# The published resampling aligns corners, ours does not: the bilinear ones agree only nearly.
+# (configilm/extra/BENv2_utils.py): of the native pixels, and of those resampled to 120 x 120, bilinear. They check
+# ours. The published resampling aligns corners, ours does not: the bilinear ones agree only nearly.
 PUBLISHED_NATIVE = {
     "B01": (361.077, 575.069), "B02": (438.372, 607.027), "B03": (614.056, 603.297), "B04": (588.410, 684.569),
     "B05": (942.843, 738.433), "B06": (1769.932, 1100.456), "B07": (2049.552, 1275.805), "B08": (2193.292, 1369.372),

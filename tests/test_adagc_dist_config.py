@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from adagc_dist.config import (
-    BANDS,
     Config,
     DataConfig,
     DetectorConfig,
@@ -15,7 +14,6 @@ from adagc_dist.config import (
     OptimConfig,
     RunConfig,
 )
-from sharding import reben
 
 
 def config(**sections: Any) -> Config:
@@ -25,10 +23,6 @@ def config(**sections: Any) -> Config:
 def test_the_defaults_are_valid() -> None:
     assert config().optim == OptimConfig()
     assert config().run_path == Path("run")
-
-
-def test_the_default_bands_are_all_of_reben() -> None:
-    assert BANDS == reben.BANDS
 
 
 @pytest.mark.parametrize(
