@@ -9,7 +9,6 @@ The folder is a mirror: once every shard has been fetched it is an ordinary shar
 Locks are flocks: the kernel drops those of a dead process, so a partial file whose lock is free is nobody's.
 """
 
-import asyncio
 import errno
 import fcntl
 import json
@@ -20,43 +19,26 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
-import fsspec
 import xxhash
 
 from sharding.manifest import MANIFEST_JSON, MANIFEST_PARQUET, Shard, file_digest
 from sharding.partial import replace_durably
-from sharding.rng import derive_rng
+from sharding.remote import FetchError, Remote, is_url
 
 __all__ = ["FetchError", "ShardCache", "cache_folder", "is_url", "mirror_manifest"]
 
-T = TypeVar("T")
-
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ImportError, ValueError)
-_PERMANENT_STATUS = (401, 403, 404, 405, 410)  # not 400: aiohttp reports an answer that it cannot parse as one
-_LONGEST_WAIT = 30.0  # seconds between two attempts
 _TOUCH_SECONDS = 60.0  # eviction goes by age in minutes; a system call per open more often than this tells it nothing
-
-
-class FetchError(OSError):
-    """A shard could not be fetched; the message names URL, what is wrong, what was tried, and the remedy."""
 
 
 class _NoRoomError(OSError):
     """What is being staged fits only in the place of shards that are needed no later."""
-
-
-def is_url(location: str) -> bool:
-    return "://" in location
 
 
 def cache_folder(origin: str, cache: Path) -> Path:
@@ -140,8 +122,8 @@ class ShardCache:
         return f"{self.origin.rstrip('/')}/{quote(shard) if self.origin.startswith('http') else shard}"
 
     @property
-    def _remote(self) -> "_Remote":
-        return _Remote(self.attempts, self.first_wait, self.timeout, self.block_bytes)
+    def _remote(self) -> "Remote":
+        return Remote(self.attempts, self.first_wait, self.timeout, self.block_bytes)
 
     # names
 
@@ -254,7 +236,7 @@ class ShardCache:
         with temporary.open("r+b") as stream:
             while len(digests) < 2:
                 stream.seek(0)
-                digests.append(_run(lambda: self._remote.copy(url, shard.bytes, stream)))
+                digests.append(self._remote.copy(url, shard.bytes, stream))
                 if shard.digest in ("", digests[-1]):
                     stream.flush()
                     os.fsync(stream.fileno())
@@ -389,7 +371,7 @@ def mirror_manifest(
 def _mirror(store: ShardCache) -> None:
     """Both files, the table first, as ``write_manifest`` does; tars of another digest go before the manifest comes."""
     url = store.name(MANIFEST_JSON)
-    text = _run(lambda: store._remote.whole(url))
+    text = store._remote.whole(url)
     try:
         record = json.loads(text)
         digests = {shard["name"]: shard["digest"] for shard in record["shards"]}
@@ -417,8 +399,8 @@ def _mirror_table(store: ShardCache, table_digest: str) -> None:
     temporary = store._partial("manifest")
     try:
         with temporary.open("xb") as stream:
-            size = _run(lambda: store._remote.size(url))
-            digest = _run(lambda: store._remote.copy(url, size, stream))
+            size = store._remote.size(url)
+            digest = store._remote.copy(url, size, stream)
         if digest != table_digest:
             raise FetchError(
                 f"{url} has digest {digest}, {MANIFEST_JSON} says {table_digest}: one of them was changed or damaged, "
@@ -451,115 +433,3 @@ def _overwrite(lock: int, text: str) -> None:
     with suppress(OSError):  # on a full disk; without a record the file is only checked once more
         os.ftruncate(lock, 0)
         os.pwrite(lock, text.encode(), 0)
-
-
-@dataclass(frozen=True)
-class _Remote:
-    """Reads files by URL, whatever the protocol; fields as in ``ShardCache``. Raises FetchError."""
-
-    attempts: int
-    first_wait: float
-    timeout: float
-    block_bytes: int
-
-    async def copy(self, url: str, size: int, stream: BinaryIO) -> str:
-        """Fetch ``size`` bytes block by block into ``stream``; returns their digest."""
-        digest = xxhash.xxh3_128()
-        async with _opened(url) as system:
-            at = 0
-            while at < size:
-                end = min(at + self.block_bytes, size)
-                block = await self._retried(url, partial(_block, system, url, at, end, size))
-                digest.update(block)
-                stream.write(block)
-                at += len(block)
-        return digest.hexdigest()
-
-    async def whole(self, url: str) -> bytes:
-        async with _opened(url) as system:
-            return await self._retried(url, partial(_cat, system, url))
-
-    async def size(self, url: str) -> int:
-        async with _opened(url) as system:
-            return await self._retried(url, partial(_size, system, url))
-
-    async def _retried(self, url: str, get: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        began = time.monotonic()
-        problem = ""
-        for attempt in range(self.attempts):
-            if attempt:
-                jitter = derive_rng(0, "fetch", url, os.getpid(), attempt).uniform(0.5, 1.5)
-                await asyncio.sleep(min(self.first_wait * 2 ** (attempt - 1), _LONGEST_WAIT) * jitter)
-            try:
-                return await asyncio.wait_for(get(), self.timeout)
-            except asyncio.TimeoutError:
-                problem = f"no whole answer in {self.timeout:g} s"
-            except Exception as error:  # each file system has errors of its own
-                problem = f"{type(error).__name__}: {str(error)[:200]}"  # aiohttp quotes a whole body in some
-                if isinstance(error, _PERMANENT) or getattr(error, "status", 0) in _PERMANENT_STATUS:
-                    raise FetchError(
-                        f"{url}: {problem} (not tried again, it would not change): check the URL and the access rights"
-                    ) from error
-        raise FetchError(
-            f"{url}: {problem} ({self.attempts} attempts in {time.monotonic() - began:.0f} s): check that the server "
-            "is up and can be reached from this node"
-        )
-
-
-def _run(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run in an event loop of its own, which ends with it.
-
-    Not in fsspec's: that one lives in a thread which a forked process lacks, with sockets and an epoll set which it
-    shares with its parent. So nothing of a download is left to be inherited.
-    """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(make())
-    with ThreadPoolExecutor(1) as pool:  # in a notebook this thread has a loop already
-        return pool.submit(asyncio.run, make()).result()
-
-
-@asynccontextmanager
-async def _opened(url: str) -> AsyncIterator[Any]:
-    """A file system for this URL that belongs to the running loop, and is closed with it."""
-    protocol = url.split("://", 1)[0]
-    try:
-        own = {"asynchronous": True} if fsspec.get_filesystem_class(protocol).async_impl else {}
-        system, _ = fsspec.url_to_fs(url, skip_instance_cache=True, **own)
-    except ImportError as error:
-        extra = "http" if protocol == "https" else protocol
-        raise FetchError(
-            f"{url}: {protocol}:// needs a package that is not installed ({error}): pip install 'fsspec[{extra}]'"
-        ) from error
-    except ValueError as error:
-        raise FetchError(f"{url}: {error}: give a folder, or a URL that fsspec knows (http://, s3://, ...)") from error
-    try:
-        yield system
-    finally:
-        if own:
-            with suppress(AttributeError):  # sessions are not part of fsspec's interface; http, s3 and gcs have them
-                await (await system.set_session()).close()
-
-
-async def _cat(system: Any, url: str, **where: int) -> bytes:
-    path = system._strip_protocol(url)
-    return bytes(await system._cat_file(path, **where) if system.async_impl else system.cat_file(path, **where))
-
-
-async def _size(system: Any, url: str) -> int:
-    path = system._strip_protocol(url)
-    size = (await system._info(path) if system.async_impl else system.info(path)).get("size")
-    if size is None:
-        raise NotImplementedError("the server does not tell its size")
-    return int(size)
-
-
-async def _block(system: Any, url: str, start: int, end: int, size: int) -> bytes:
-    """Bytes ``start`` to ``end``; to the end of the file, where the server sent the whole of it."""
-    data = await _cat(system, url, start=start, end=end)
-    if len(data) == end - start:
-        return data
-    if len(data) == size:  # ranges are ignored
-        return data[start:]
-    raise EOFError(f"{len(data)} bytes came of {end - start} asked for, at {start} of {size}")
