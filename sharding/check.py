@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sharding.indexing import Indexed
-    from sharding.verify import Verified
+    from sharding.tars.indexing import Indexed
+    from sharding.tars.verify import Verified
 
 __all__ = ["index", "verify"]
 
@@ -132,11 +132,11 @@ def _guarded(command: str, action: Callable[[], int]) -> int:
 
 
 def _index(asked: argparse.Namespace) -> int:
-    from sharding.indexing import index_shards
-    from sharding.labels import read_labels
     from sharding.manifest import MANIFEST_JSON
-    from sharding.tarlist import find_tars
-    from sharding.tarrows import UnusableError
+    from sharding.sources.labels import read_labels
+    from sharding.tars.indexing import index_shards
+    from sharding.tars.listing import find_tars
+    from sharding.tars.rows import UnusableError
 
     tars = find_tars(asked.tars)
     out = asked.out or Path(tars.origin)
@@ -184,7 +184,7 @@ def _indexed(out: Path, done: "Indexed") -> str:
 
 
 def _verify(asked: argparse.Namespace) -> int:
-    from sharding.verify import verify_shards
+    from sharding.tars.verify import verify_shards
 
     found = verify_shards(asked.folder, workers=asked.workers, quick=asked.quick)
     if asked.report is not None:

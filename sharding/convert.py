@@ -157,7 +157,7 @@ def _shares(text: str) -> tuple[float, float, float]:
 
 def _guarded(command: str, action: Callable[[], None]) -> int:
     """Run it; what a user can put right is one message, anything else a traceback."""
-    from sharding.source import PatchError
+    from sharding.sources.protocol import PatchError
 
     try:
         action()
@@ -176,7 +176,7 @@ def _guarded(command: str, action: Callable[[], None]) -> int:
 
 
 def _synth(asked: argparse.Namespace) -> None:
-    from sharding.synthetic import write_tree
+    from sharding.synthetic.tree import write_tree
 
     new = write_tree(asked.out, asked.patches, seed=asked.seed, shares=asked.shares, workers=asked.workers)
     state = f"{new} of {asked.patches} written now" if new else "was finished before, nothing to do"
@@ -184,8 +184,8 @@ def _synth(asked: argparse.Namespace) -> None:
 
 
 def _shard_reben(asked: argparse.Namespace) -> None:
-    from sharding.archives import RebenArchives
-    from sharding.sources import RebenTree
+    from sharding.sources.archives import RebenArchives
+    from sharding.sources.geotiff import RebenTree
     from sharding.writer import write_shards
 
     source: RebenTree | RebenArchives

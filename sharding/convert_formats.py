@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sharding.source import PatchSource
+    from sharding.sources.protocol import PatchSource
 
 __all__ = ["FORMATS", "Format"]
 
@@ -89,7 +89,7 @@ def _group(text: str) -> tuple[str, str]:
 
 
 def _hdf5_source(asked: argparse.Namespace) -> "PatchSource":
-    from sharding.hdf5 import Names, find_groups, open_hdf5
+    from sharding.sources.hdf5 import Names, find_groups, open_hdf5
 
     if asked.cache_mb < 0:
         raise ValueError(f"--cache-mb is {asked.cache_mb}: at least 0")
@@ -118,7 +118,7 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
 
 
 def _images_source(asked: argparse.Namespace) -> "PatchSource":
-    from sharding.imagefolder import open_images
+    from sharding.sources.imagefolder import open_images
 
     source = open_images(asked.root, asked.labels, split_file=asked.split_file, split=asked.split)
     for line in source.unused:

@@ -3,11 +3,13 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
@@ -21,6 +23,7 @@ T = TypeVar("T")
 
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ImportError, ValueError)
 _PERMANENT_STATUS = (401, 403, 404, 405, 410)  # not 400: aiohttp reports an answer that it cannot parse as one
+_BLOCKS_UNDER_WAY = 3  # the latency of a request is hidden behind the blocks before it
 _LONGEST_WAIT = 30.0  # seconds between two attempts
 
 
@@ -55,15 +58,34 @@ class Remote:
 
     async def _copy(self, url: str, size: int, stream: BinaryIO) -> str:
         digest = xxhash.xxh3_128()
-        async with _opened(url) as system:
-            at = 0
-            while at < size:
-                end = min(at + self.block_bytes, size)
-                block = await self._retried(url, partial(_block, system, url, at, end, size))
-                digest.update(block)
-                stream.write(block)
-                at += len(block)
+        async with _opened(url) as system, aclosing(self._blocks(system, url, size)) as blocks:
+            async for block in blocks:
+                # beside the loop: the connection is not to be idle meanwhile
+                await asyncio.to_thread(digest.update, block)
+                await asyncio.to_thread(stream.write, block)
         return digest.hexdigest()
+
+    async def _blocks(self, system: Any, url: str, size: int) -> AsyncGenerator[bytes, None]:
+        """The file in order, with a few blocks under way. The first goes alone: a server that ignores ranges answers it
+        with the whole file, which must not be fetched again for every block.
+        """
+
+        def get(at: int) -> asyncio.Future[bytes]:
+            end = min(at + self.block_bytes, size)
+            return asyncio.ensure_future(self._retried(url, partial(_block, system, url, at, end, size)))
+
+        under_way = deque([get(0)] if size else [])
+        starts: Iterator[int] | None = None
+        try:
+            while under_way:
+                block = await under_way.popleft()
+                starts = starts or iter(range(len(block), size, self.block_bytes))
+                under_way.extend(get(at) for at in islice(starts, _BLOCKS_UNDER_WAY - len(under_way)))
+                yield block
+        finally:
+            for future in under_way:
+                future.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
 
     async def _whole(self, url: str) -> bytes:
         async with _opened(url) as system:
@@ -146,10 +168,10 @@ async def _size(system: Any, url: str) -> int:
 
 
 async def _block(system: Any, url: str, start: int, end: int, size: int) -> bytes:
-    """Bytes ``start`` to ``end``; to the end of the file, where the server sent the whole of it."""
+    """Bytes ``start`` to ``end``; all of the file in answer to its first block, where the server sent that."""
     data = await _cat(system, url, start=start, end=end)
     if len(data) == end - start:
         return data
     if len(data) == size:  # ranges are ignored
-        return data[start:]
+        return data if start == 0 else data[start:end]
     raise EOFError(f"{len(data)} bytes came of {end - start} asked for, at {start} of {size}")

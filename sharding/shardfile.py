@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sharding.manifest import Member, file_digest, table_schema
 from sharding.partial import FinishedShard, Partial, replace_durably
 from sharding.sample import Sample, encode_members
-from sharding.source import PatchError, PatchSource
+from sharding.sources.protocol import PatchError, PatchSource
 from sharding.statistics import BandSums, add_sums, largest_side, measure
 
 __all__ = ["ShardTask", "write_shard"]

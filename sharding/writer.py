@@ -32,7 +32,7 @@ from sharding.pool import run_tasks
 from sharding.progress import Progress
 from sharding.rng import derive_rng
 from sharding.shardfile import ShardTask, write_shard
-from sharding.source import Index, PatchSource
+from sharding.sources.protocol import Index, PatchSource
 from sharding.statistics import add_sums, largest_side, statistics_of
 
 __all__ = ["REPORT_JSON", "Outcome", "Staging", "write_shards"]

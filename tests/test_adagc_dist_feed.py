@@ -1,5 +1,6 @@
 """What a method is given: augmentation, labels, mates and weights that depend on seed, epoch, key and pair alone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +86,67 @@ def test_without_augmentation_patches_stay_as_they_are(tiny_shards: Path) -> Non
     turned = Bench(tiny_shards).prepare(slot, epoch=3).images
     assert not torch.equal(turned, bench.prepare(slot, epoch=3).images)
     torch.testing.assert_close(turned.mean((2, 3)), bench.prepare(slot).images.mean((2, 3)), rtol=1e-4, atol=1e-4)
+
+
+# Rows that could not be read (data.on_error=skip)
+
+
+def prepare_with(shards: Path, slot: Slot, failed: list[int], epoch: int = 0) -> TrainingBatch:
+    """``slot`` of which the rows at these places could not be read."""
+    bench = Bench(shards)
+    mask = np.isin(np.arange(len(slot.rows)), failed)
+    return bench.feed.prepare(replace(read_batch(bench.reader, slot), failed=mask), epoch)
+
+
+@pytest.mark.parametrize("failed", [[1], [0, 1], [4], [2, 4], [0, 1, 2, 3, 4]])
+def test_a_row_whose_mate_could_not_be_read_is_mixed_with_nothing_and_nothing_else_changes(
+    tiny_shards: Path, failed: list[int]
+) -> None:
+    """Five rows: pairs (0, 1) and (2, 3), and an odd last one."""
+    slot = Slot(3, np.array([7, 80, 3, 51, 12], dtype=np.int32), 17, 9)
+    well, found = Bench(tiny_shards).prepare(slot, 6), prepare_with(tiny_shards, slot, failed, 6)
+    assert found.read_B is not None
+    assert found.read_B.tolist() == [place not in failed for place in range(5)]
+    lost = {place // 2 for place in failed}
+    expected = [1.0 if place // 2 in lost else weight for place, weight in enumerate(well.lambda_B.tolist())]
+    assert found.lambda_B.tolist() == expected
+    assert found.lambda_B.dtype == well.lambda_B.dtype == torch.float32
+    assert max(well.lambda_B.tolist()[:4]) < 1
+    for name in ("images", "observed_BC", "labels_BC", "mate_B"):
+        assert torch.equal(getattr(found, name), getattr(well, name)), name
+    assert (found.rows.tolist(), found.num_global) == (slot.rows.tolist(), 9)
+
+
+def test_where_all_rows_could_be_read_there_is_no_mask(tiny_shards: Path) -> None:
+    assert Bench(tiny_shards).prepare(Slot(0, np.arange(4, dtype=np.int32), 0, 4)).read_B is None
+
+
+def batch_of(read: list[bool] | None, num_global: int) -> TrainingBatch:
+    nothing = torch.zeros(4)
+    mask = None if read is None else torch.tensor(read)
+    return TrainingBatch(np.arange(4, dtype=np.int32), nothing, nothing, nothing, nothing, nothing, num_global, mask)
+
+
+@pytest.mark.parametrize(
+    ("read", "expected"),
+    [
+        (None, 10 / 8),
+        ([True] * 4, 10 / 8),
+        ([True, False, True, True], 8 / 8),
+        ([False, False, False, True], 4 / 8),
+        ([False] * 4, 0.0),
+    ],
+)
+def test_a_share_is_the_sum_of_the_rows_read_over_the_divisor_of_all(read: list[bool] | None, expected: float) -> None:
+    assert batch_of(read, 8).share(torch.tensor([1.0, 2.0, 3.0, 4.0])).item() == expected
+
+
+@pytest.mark.parametrize("junk", [0.0, 5.0, float("inf"), float("nan")])
+def test_no_loss_and_no_gradient_comes_from_a_row_that_could_not_be_read(junk: float) -> None:
+    """Whatever its pixels were: times zero would make not-a-number of infinity."""
+    values = torch.tensor([1.0, junk, 3.0, 4.0], requires_grad=True)
+    share = batch_of([True, False, True, True], 8).share(values)
+    share.backward()
+    assert share.item() == 1.0
+    assert values.grad is not None
+    assert values.grad.tolist() == [0.125, 0.0, 0.125, 0.125]

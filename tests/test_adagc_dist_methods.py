@@ -1,6 +1,7 @@
 """The methods' losses against the formulas in float64, and what a step may not touch."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -175,3 +176,80 @@ def test_losses_are_local_sums_over_the_global_count() -> None:
 def test_names_choose_methods() -> None:
     assert isinstance(parts(name="adagc")[0], AdaGC)
     assert parts(name="adagc")[0].calibrates
+
+
+# Rows that could not be read
+
+
+def without(full: TrainingBatch, lost: list[int]) -> TrainingBatch:
+    """The batch as if these rows had never been in the step, but for its divisor; their mates mix with nothing."""
+    kept = [place for place in range(B) if place not in lost]
+    mate = [kept.index(place ^ 1) if place ^ 1 in kept else kept.index(place) for place in kept]
+    return TrainingBatch(
+        rows=full.rows[kept], images=full.images[kept], observed_BC=full.observed_BC[kept],
+        labels_BC=full.labels_BC[kept], mate_B=torch.tensor(mate), lambda_B=full.lambda_B[kept], num_global=GLOBAL,
+    )  # fmt: skip
+
+
+def masked(full: TrainingBatch, lost: list[int]) -> TrainingBatch:
+    """The batch as the feed gives it where these rows could not be read: their pixels are other rows' copies."""
+    pairs = [place ^ 1 for place in lost] + lost
+    images, lambda_B = full.images.clone(), full.lambda_B.clone()
+    images[lost] = full.images[lost].flip(2) * 3
+    lambda_B[pairs] = 1.0
+    read_B = torch.tensor([place not in lost for place in range(B)])
+    return replace(full, images=images, lambda_B=lambda_B, read_B=read_B)
+
+
+@pytest.mark.parametrize("lost", [[2], [0, 1], [1, 4, 5], [0, 2, 4]], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "phase"),
+    [
+        ({"name": "an"}, Phase.WARMUP),
+        ({}, Phase.WARMUP),
+        ({"mixup_alpha": 1.0}, Phase.CALIBRATION),
+        ({"mixup_alpha": 0.0}, Phase.CALIBRATION),
+    ],
+    ids=str,
+)
+def test_a_row_that_could_not_be_read_is_in_no_loss_gradient_average_or_count(
+    settings: dict[str, Any], phase: Phase, lost: list[int]
+) -> None:
+    """All are those of the batch without it, over the same divisor. For students without BatchNorm: its statistics are
+    of all rows of a batch.
+    """
+    found = []
+    for given in (masked(batch(), lost), without(batch(), lost)):
+        method, engine, teacher = parts(**settings)
+        for model in (engine.student, teacher.model):
+            model[1] = nn.GroupNorm(1, 6)
+        if method.store is not None:
+            old = {"rows": torch.arange(12, dtype=torch.int32), "values": random(12, C, seed=5)}
+            method.store.load_state(old | {"marks": torch.full((12,), 1 << 14, dtype=torch.int16)})
+        losses = method.losses(given, phase)
+        losses.total.backward()
+        state = {} if method.store is None else method.store.state()
+        gradients = [parameter.grad for parameter in engine.student.parameters()]
+        found.append((losses, gradients, {name: tensor.clone() for name, tensor in state.items()}))
+    (losses, gradients, state), (expected, expected_gradients, expected_state) = found
+    assert losses.total.item() == pytest.approx(expected.total.item(), rel=1e-5)
+    assert losses.bce.item() == pytest.approx(expected.bce.item(), rel=1e-5)
+    assert losses.gc.item() == pytest.approx(expected.gc.item(), rel=1e-5)
+    for gradient, other in zip(gradients, expected_gradients):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-7)
+    assert max(gradient.abs().max().item() for gradient in expected_gradients) > 1e-3
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, expected_state[name], rtol=1e-6, atol=1e-7)
+    if losses.pseudo_counts is not None:
+        assert losses.pseudo_counts.tolist() == expected.pseudo_counts.tolist()
+
+
+def test_a_batch_of_which_nothing_could_be_read_moves_no_weight() -> None:
+    """Its gradient is zero, and is there: ranks that wait for it in an all-reduce get it."""
+    for phase in Phase:
+        method, engine, _ = parts()
+        losses = method.losses(masked(batch(), list(range(B))), phase)
+        losses.total.backward()
+        assert losses.total.item() == 0.0
+        assert all(p.grad is not None and p.grad.abs().max() == 0 for p in engine.student.parameters())
+        assert not method.store.written.any()

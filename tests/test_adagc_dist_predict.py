@@ -1,6 +1,9 @@
 """Scores of a whole split: the same digits on any number of ranks, each row in its place."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +12,10 @@ import torch
 from adagc_dist.comm import Comm
 from adagc_dist.config import Config
 from adagc_dist.model import create_student
-from adagc_dist.predict import Scores
+from adagc_dist.predict import Scores, check_bad_rows
 from launch.build import make_scorer
 from launch.data import Shards
+from sharding.loader import Batch
 from sharding.plan import Slot
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
@@ -67,3 +71,75 @@ def test_every_row_has_its_own_score(configs: list[Config], alone: list[Scores])
         assert scores.read_N.all()
         np.testing.assert_allclose(scores.values_NC, expected, rtol=0, atol=1e-6)
     assert len(np.unique(expected[:, 0])) > 30  # the rows could be told apart
+
+
+def test_rows_that_were_not_read_are_measured_nowhere() -> None:
+    """Scores and labels of the others, side by side in their order."""
+    scores = Scores(np.arange(8, dtype=np.float32).reshape(4, 2), np.array([True, False, True, True]))
+    labels = np.array([[True, False], [True, True], [False, True], [False, False]])
+    values, kept = scores.beside(labels)
+    assert values.tolist() == [[0, 1], [4, 5], [6, 7]]
+    assert kept.tolist() == [[True, False], [False, True], [False, False]]
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "limit", "refused"),
+    [
+        (0, 90, 0.0, False),
+        (1, 90, 0.0, True),
+        (1, 90, 0.001, True),
+        (9, 90, 0.1, False),  # a limit is what may be, not the first that may not
+        (10, 90, 0.1, True),
+        (90, 90, 1.0, False),
+        (549, 549_488, 0.001, False),
+        (550, 549_488, 0.001, True),
+    ],
+)
+def test_more_bad_rows_than_the_limit_are_refused(count: int, rows: int, limit: float, refused: bool) -> None:
+    if not refused:
+        check_bad_rows(count, rows, limit)
+        return
+    message = f"{count} of {rows} rows could not be read, more than data.max_bad_fraction={limit}: run `adagc verify`"
+    with pytest.raises(ValueError, match=message):
+        check_bad_rows(count, rows, limit)
+
+
+def score_with_losses(comm: Comm, config: Config, lost: list[int]) -> Scores:
+    """Of a reader whose batches have lost these rows."""
+    torch.set_num_threads(1)
+    shards = Shards.open(config)
+    scorer = make_scorer(shards, shards.table("test"), shards.pixels(CPU), comm=comm, device=CPU)
+    loader = scorer._loader
+
+    class Losing:
+        def read(self, slots: Any, staged: Any) -> Iterator[Batch]:
+            for found in loader.read(slots, staged):
+                yield replace(found, failed=np.isin(found.rows, lost))
+
+    scorer._loader = Losing()
+    return scorer.score(student(config))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_lost_rows_are_marked_in_their_place_on_every_rank(tiny_shards: Path, world_size: int) -> None:
+    """In blocks of any rank, at their ends, and in the short last one; the scores of the others stay."""
+    config = tiny_config(tiny_shards, Path("run"), "run.eval_block=16", "data.max_bad_fraction=0.1")
+    for scores in run_ranks(world_size, score_with_losses, config, [0, 15, 16, 39]):
+        assert np.flatnonzero(~scores.read_N).tolist() == [0, 15, 16, 39]
+        assert scores.values_NC.shape == (40, 19)
+        assert len(np.unique(scores.values_NC[scores.read_N, 0])) > 30
+
+
+def refusal(comm: Comm, config: Config, lost: list[int]) -> str:
+    try:
+        score_with_losses(comm, config, lost)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_lost_rows_are_counted_over_all_ranks_and_every_rank_stops(tiny_shards: Path) -> None:
+    """Each of the two ranks has lost fewer than the limit."""
+    config = tiny_config(tiny_shards, Path("run"), "run.eval_block=16", "data.max_bad_fraction=0.1")
+    told = run_ranks(2, refusal, config, [0, 15, 16, 31, 39])
+    assert [text.startswith("5 of 40 rows could not be read, more than") for text in told] == [True, True]

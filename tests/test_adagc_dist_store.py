@@ -196,6 +196,55 @@ def test_what_stands_in_a_row_that_was_never_written_is_no_matter() -> None:
     assert torch.equal(store.blend(index(2), value), value)
 
 
+@pytest.mark.parametrize("rows", [(1, 2, 3), (3, 0, 2)], ids=["slice", "index"])
+def test_rows_that_could_not_be_read_are_not_touched(rows: tuple[int, ...]) -> None:
+    """Neither value nor mark, before their first prediction and after it; the others are blended as ever."""
+    store, plain = small_store(SoloComm()), small_store(SoloComm())
+    for read in ([True, False, True], [False, True, True], [True, True, False]):
+        before = {name: tensor.clone() for name, tensor in store.state().items()}
+        given, mask = torch.rand(3, 2), torch.tensor(read)
+        returned = store.blend(index(*rows), given, read_B=mask)
+        for place, row in enumerate(rows):
+            if read[place]:
+                plain.blend(index(row), given[place : place + 1])
+            else:
+                assert torch.equal(store.values[row], before["values"][row])
+                assert store.state()["marks"][row] == before["marks"][row]
+            assert torch.equal(returned[place], store.values[row])
+        assert torch.equal(store.values, plain.values)
+        assert torch.equal(store.state()["marks"], plain.state()["marks"])
+    assert store.visits[list(rows)].tolist() == [2, 2, 2]
+    assert store.written.sum() == 3
+
+
+def test_what_a_row_that_could_not_be_read_predicts_is_no_matter() -> None:
+    """Not even where it is not a number."""
+    store = small_store(SoloComm())
+    store.blend(index(0, 1), torch.tensor([[0.3, 0.7], [0.1, 0.2]]))
+    store.blend(index(0, 1), torch.tensor([[float("nan")] * 2, [0.1, 0.2]]), read_B=torch.tensor([False, True]))
+    assert torch.equal(store.values[0], torch.tensor([0.3, 0.7]))
+
+
+def test_a_batch_that_was_read_whole_is_blended_alike_with_and_without_a_mask() -> None:
+    stores, given = [small_store(SoloComm()) for _ in range(2)], torch.rand(2, 3, 2)
+    for epoch in range(2):
+        returned = [stores[0].blend(index(2, 3, 4), given[epoch])]
+        returned.append(stores[1].blend(index(2, 3, 4), given[epoch], read_B=torch.ones(3, dtype=torch.bool)))
+        assert torch.equal(*returned)
+    assert torch.equal(stores[0].values, stores[1].values)
+    assert torch.equal(stores[0].state()["marks"], stores[1].state()["marks"])
+
+
+def test_a_row_that_failed_in_its_first_epoch_takes_its_first_prediction_later() -> None:
+    store = small_store(SoloComm())
+    lost = torch.tensor([False, True])
+    store.blend(index(4, 5), torch.rand(2, 2), read_B=lost)
+    store.sync(index(*range(6)))
+    assert store.written.tolist() == [False] * 5 + [True]
+    first = torch.tensor([[0.3, 0.7]])
+    assert torch.equal(store.blend(index(4), first), first)
+
+
 def test_predictions_in_half_precision_are_averaged_in_float32_and_carry_no_gradient() -> None:
     store = small_store(SoloComm(), momentum=0.999)
     value = torch.full((1, 2), 0.5, dtype=torch.bfloat16, requires_grad=True)

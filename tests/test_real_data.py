@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sharding.sources import RebenTree
+from sharding.sources.geotiff import RebenTree
 from sharding.writer import write_shards
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

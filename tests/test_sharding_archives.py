@@ -24,16 +24,18 @@ import rasterio
 import zstandard
 from numpy.typing import NDArray
 
-from sharding import archives, reben, sources, staging
-from sharding.archives import RebenArchives
+from sharding import reben
 from sharding.convert import shard
 from sharding.manifest import file_digest
 from sharding.pool import run_tasks
 from sharding.shardfile import ShardTask
-from sharding.source import PatchError
-from sharding.sources import RebenTree, decode_band, tiff_session
-from sharding.synthetic import write_tree
-from sharding.tarstream import ArchiveError, find_archive
+from sharding.sources import archives, staging
+from sharding.sources import geotiff as sources
+from sharding.sources.archives import RebenArchives
+from sharding.sources.geotiff import RebenTree, decode_band, tiff_session
+from sharding.sources.protocol import PatchError
+from sharding.sources.tarstream import ArchiveError, find_archive
+from sharding.synthetic.tree import write_tree
 from sharding.writer import Outcome, write_shards
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -549,9 +551,9 @@ def test_lost_scratch_and_lost_shards_are_staged_again(
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from sharding import archives
-from sharding.archives import RebenArchives
-from sharding.tarstream import Archive
+from sharding.sources import archives
+from sharding.sources.archives import RebenArchives
+from sharding.sources.tarstream import Archive
 from sharding.writer import write_shards
 if __name__ == "__main__":
     folder, out, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
@@ -562,7 +564,7 @@ if __name__ == "__main__":
             yield file
     Archive.files = slowly
     if pause:  # killed before the first shard: no need to wait for what writes shards (torch: seconds)
-        archives._PRELOAD = ("sharding.staging",)
+        archives._PRELOAD = ("sharding.sources.staging",)
     source = RebenArchives(folder, out / ".partial" / "staged", save_seconds=0.0)
     write_shards(source, out, samples_per_shard=5, workers=2, staging=source)
 """

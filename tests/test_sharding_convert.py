@@ -16,8 +16,8 @@ import pytest
 from sharding import reben
 from sharding.convert import shard, synth
 from sharding.manifest import file_digest
-from sharding.sources import RebenTree
-from sharding.synthetic import write_tree
+from sharding.sources.geotiff import RebenTree
+from sharding.synthetic.tree import write_tree
 from sharding.writer import write_shards
 
 COMMAND = "import sys; from sharding.convert import shard; sys.exit(shard(sys.argv[1:]))"

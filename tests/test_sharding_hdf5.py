@@ -14,10 +14,10 @@ import pytest
 from numpy.typing import NDArray
 
 from sharding.convert import shard
-from sharding.hdf5 import Hdf5File, Names, find_groups, open_hdf5
 from sharding.manifest import load_manifest, load_table
 from sharding.rng import derive_rng
-from sharding.source import PatchError
+from sharding.sources.hdf5 import Hdf5File, Names, find_groups, open_hdf5
+from sharding.sources.protocol import PatchError
 from tests.readback import members_by_ranges, members_by_webdataset
 
 EUROSAT = Path(__file__).parents[2] / "shared" / "data" / "eurosat_composites.h5"
@@ -382,7 +382,7 @@ def test_read_without_a_session_and_after_pickling(file: Path) -> None:
 
 
 def test_imports_no_gdal() -> None:
-    modules = "sharding.hdf5, sharding.imagefolder, sharding.writer, sharding.shardfile"
+    modules = "sharding.sources.hdf5, sharding.sources.imagefolder, sharding.writer, sharding.shardfile"
     code = f"import sys, {modules}; print({{'rasterio', 'torch'}} & {{*sys.modules}})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from sharding.convert import shard
-from sharding.imagefolder import open_images
 from sharding.images import decode_image
 from sharding.manifest import load_manifest, load_table
 from sharding.rng import derive_rng
+from sharding.sources.imagefolder import open_images
 from tests.readback import members_by_ranges, members_by_webdataset
 
 AID = Path(__file__).parents[2] / "shared" / "data" / "aid_multilabel_150px.zip"

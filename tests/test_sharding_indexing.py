@@ -19,7 +19,7 @@ from sharding import reben
 from sharding.check import index, verify
 from sharding.manifest import MANIFEST_PARQUET, SPLITS, file_digest, load_manifest, load_table
 from sharding.plan import plan_epoch
-from sharding.tarlist import find_tars
+from sharding.tars.listing import find_tars
 from tests.http_server import Faults, ShardServer
 
 Sample = dict[str, bytes]

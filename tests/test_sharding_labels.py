@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sharding import reben
-from sharding.labels import join_name, read_labels
+from sharding.sources.labels import join_name, read_labels
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

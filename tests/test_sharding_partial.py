@@ -14,8 +14,8 @@ from sharding import reben
 from sharding.manifest import SPLITS, file_digest, load_manifest, load_table
 from sharding.partial import Partial
 from sharding.sample import Sample
-from sharding.sources import PatchError, RebenTree
-from sharding.synthetic import write_tree
+from sharding.sources.geotiff import PatchError, RebenTree
+from sharding.synthetic.tree import write_tree
 from sharding.writer import Outcome, write_shards
 
 PATCHES = 40

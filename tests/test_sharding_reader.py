@@ -115,14 +115,22 @@ def test_rows_are_asked_for_together_once_reading_has_been_slow(
     reader = make_reader(tiny_shards)
     target = Target([np.zeros(shape, dtype) for shape, dtype in reader.buffers(8)])
     rows = np.arange(8, dtype=np.int32)
-    monkeypatch.setattr("sharding.reader._COLD", 1e9)
-    reader.read(rows, target)
-    reader.read(rows, target)
-    assert asked == []
-    monkeypatch.setattr("sharding.reader._COLD", 0.0)
-    reader.read(rows, target)
-    reader.read(rows, target)
-    assert len(asked) == 8
+
+
+    def reads(cold: float, warm: float) -> int:
+        """Announced rows of one batch where these are the limits."""
+        monkeypatch.setattr("sharding.reader._COLD", cold)
+        monkeypatch.setattr("sharding.reader._WARM", warm)
+        before = len(asked)
+        reader.read(rows, target)
+        return len(asked) - before
+
+    assert reads(cold=1e9, warm=1e9) == 8  # the first batch: nothing is known yet
+    assert reads(cold=1e9, warm=0.0) == 0  # it was warm; this one is not cold
+    assert reads(cold=0.0, warm=0.0) == 0  # this one was
+    assert reads(cold=1e9, warm=0.0) == 8  # neither cold nor surely warm: it goes on
+    assert reads(cold=1e9, warm=1e9) == 8
+    assert reads(cold=1e9, warm=0.0) == 0
     assert min(asked) > 160_000
 
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from rasterio.errors import NotGeoreferencedWarning
 
 from sharding import reben
-from sharding.sources import PatchError, RebenTree
-from sharding.synthetic import write_tree
+from sharding.sources.geotiff import PatchError, RebenTree
+from sharding.synthetic.tree import write_tree
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared real data are not here")

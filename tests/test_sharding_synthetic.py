@@ -17,12 +17,12 @@ import pytest
 import rasterio
 
 from sharding import reben
-from sharding.labelsets import draw_labels, rare_anchor
 from sharding.manifest import file_digest
-from sharding.patchplan import plan_patches
 from sharding.rng import derive_rng
-from sharding.scenes import make_scene
-from sharding.synthetic import MARKER, write_tree
+from sharding.synthetic.labelsets import draw_labels, rare_anchor
+from sharding.synthetic.patchplan import plan_patches
+from sharding.synthetic.scenes import make_scene
+from sharding.synthetic.tree import MARKER, write_tree
 
 SHARES = (0.6, 0.2, 0.2)
 

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sharding.manifest import file_digest
-from sharding.tarindex import TarFault, TarIndex, index_tar, split_name, walk_tar
-from sharding.tarread import LocalBlocks, StreamReader
+from sharding.tars.read import LocalBlocks, StreamReader
+from sharding.tars.structure import TarFault, TarIndex, index_tar, split_name, walk_tar
 
 Members = list[tuple[str, bytes]]
 SAMPLES: Members = [(f"dir/s{i:02d}.{ext}", bytes([i]) * (300 * i + 7)) for i in range(20) for ext in ("npy", "json")]

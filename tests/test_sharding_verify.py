@@ -12,10 +12,10 @@ import pytest
 
 from sharding import check
 from sharding.manifest import MANIFEST_JSON, MANIFEST_PARQUET, Manifest, load_manifest, table_schema, write_manifest
-from sharding.sources import RebenTree
-from sharding.synthetic import write_tree
-from sharding.tarindex import index_tar
-from sharding.verify import Fault, verify_shards
+from sharding.sources.geotiff import RebenTree
+from sharding.synthetic.tree import write_tree
+from sharding.tars.structure import index_tar
+from sharding.tars.verify import Fault, verify_shards
 from sharding.writer import write_shards
 
 Rows = list[dict[str, object]]

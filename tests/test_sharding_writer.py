@@ -16,8 +16,8 @@ import xxhash
 
 from sharding import reben
 from sharding.manifest import SPLITS, file_digest, load_manifest, load_table
-from sharding.sources import RebenTree
-from sharding.synthetic import write_tree
+from sharding.sources.geotiff import RebenTree
+from sharding.synthetic.tree import write_tree
 from sharding.writer import REPORT_JSON, Outcome, write_shards
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -23,7 +23,7 @@ from sharding.plan import Slot
 from sharding.reader import PatchReader, Target, select_bands
 from sharding.rng import derive_rng
 from sharding.sample import Place, Sample
-from sharding.sources import Index
+from sharding.sources.geotiff import Index
 from sharding.writer import write_shards
 
 __all__ = ["TinySource", "make_reader", "read_batch", "rename_class", "tiny_config", "tiny_settings", "write_tiny"]

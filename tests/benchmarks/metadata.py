@@ -21,7 +21,7 @@ from adagc_dist.spml import observe
 from sharding import reben
 from sharding.manifest import SPLITS, LabelTable
 from sharding.plan import plan_epoch
-from sharding.sources import Index, RebenTree
+from sharding.sources.geotiff import Index, RebenTree
 
 T = TypeVar("T")
 

@@ -21,11 +21,11 @@ import numpy as np
 import rasterio
 import zstandard
 
-from sharding.archives import RebenArchives
-from sharding.hdf5 import Names, find_groups, open_hdf5
-from sharding.imagefolder import open_images
-from sharding.sources import RebenTree
-from sharding.synthetic import write_tree
+from sharding.sources.archives import RebenArchives
+from sharding.sources.geotiff import RebenTree
+from sharding.sources.hdf5 import Names, find_groups, open_hdf5
+from sharding.sources.imagefolder import open_images
+from sharding.synthetic.tree import write_tree
 from sharding.writer import write_shards
 from tests.benchmarks.machine import machine_line, write_json
 

@@ -1,9 +1,9 @@
 """A synthetic reBEN tree: the official files and folders, filled with made-up patches.
 
 For machines without data: everything from conversion to evaluation runs on it as on the real dataset. It is not data:
-its pixels come from ``sharding.scenes``, its label sets from ``sharding.labelsets``, and accuracy on it says nothing
-about accuracy on reBEN. Ids can never be mistaken for real ones: no orbit R000 and no such tile exists. A patch is a
-function of (seed, its number) alone.
+its pixels come from ``scenes``, its label sets from ``labelsets``, and accuracy on it says nothing about accuracy on
+reBEN. Ids can never be mistaken for real ones: no orbit R000 and no such tile exists. A patch is a function of (seed,
+its number) alone.
 """
 
 import json
@@ -21,14 +21,14 @@ from rasterio.io import MemoryFile
 from rasterio.transform import Affine
 
 from sharding import reben
-from sharding.labelsets import draw_labels, rare_anchor
 from sharding.partial import compare_settings, replace_durably
-from sharding.patchplan import PatchPlan, plan_patches
 from sharding.pool import run_tasks
 from sharding.progress import Progress
 from sharding.rng import derive_rng
 from sharding.sample import Place
-from sharding.scenes import make_scene
+from sharding.synthetic.labelsets import draw_labels, rare_anchor
+from sharding.synthetic.patchplan import PatchPlan, plan_patches
+from sharding.synthetic.scenes import make_scene
 
 __all__ = ["MARKER", "write_tree"]
 
@@ -67,7 +67,7 @@ def write_tree(
     written = 0
     with Progress("synthetic reBEN", patches, unit="patches") as progress:
         work = partial(_write_patches, out, seed)
-        for drawn, new in run_tasks(work, tasks, workers=workers, preload=("sharding.synthetic",)):
+        for drawn, new in run_tasks(work, tasks, workers=workers, preload=("sharding.synthetic.tree",)):
             labels |= drawn
             written += new
             progress.at(len(labels))

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from sharding.cache import is_url
 from sharding.images import IMAGE_NAMES, image_size
-from sharding.tarindex import TarFault, split_name, walk_tar
-from sharding.tarread import BytesReader, HopReader, LocalBlocks, RemoteBlocks, StreamReader
+from sharding.tars.read import BytesReader, HopReader, LocalBlocks, RemoteBlocks, StreamReader
+from sharding.tars.structure import TarFault, split_name, walk_tar
 
 __all__ = ["Column", "Kind", "TarSamples", "TarTask", "is_payload", "read_tar"]
 

@@ -1,6 +1,6 @@
 """The official reBEN folders, read through rasterio.
 
-The only module besides ``sharding.synthetic`` that imports rasterio; only conversion imports it, never training.
+The only module besides ``sharding.synthetic.tree`` that imports rasterio; only conversion imports it, never training.
 Letters: N patches, C classes.
 """
 
@@ -25,7 +25,7 @@ from rasterio.io import DatasetReader, MemoryFile
 from sharding import reben
 from sharding.manifest import SPLITS, Member
 from sharding.sample import Place, Sample
-from sharding.source import Index, PatchError, PatchSource
+from sharding.sources.protocol import Index, PatchError, PatchSource
 
 __all__ = ["Index", "PatchError", "PatchSource", "RebenTree", "decode_band", "decode_map", "reben_index",
            "tiff_session"]  # fmt: skip

@@ -13,11 +13,11 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from sharding import hdf5content as content
-from sharding.labels import SPLIT_NAMES, split_name
 from sharding.manifest import SPLITS, Member
 from sharding.sample import Sample, encode_members
-from sharding.source import Index, PatchError
+from sharding.sources import hdf5content as content
+from sharding.sources.labels import SPLIT_NAMES, split_name
+from sharding.sources.protocol import Index, PatchError
 
 __all__ = ["CACHE_BYTES", "Hdf5File", "Names", "find_groups", "open_hdf5"]
 

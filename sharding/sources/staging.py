@@ -28,8 +28,8 @@ from sharding import reben
 from sharding.partial import replace_durably, sync
 from sharding.sample import Place, Sample
 from sharding.shardfile import ShardTask
-from sharding.source import PatchError
-from sharding.sources import decode_band, decode_map, tiff_session
+from sharding.sources.geotiff import decode_band, decode_map, tiff_session
+from sharding.sources.protocol import PatchError
 
 __all__ = ["FILES", "MAP", "Arrived", "File", "Staged", "Stored", "file_of_tree", "scratch_file", "store"]
 

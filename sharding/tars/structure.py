@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sharding.tarread import BytesReader, HopReader
+from sharding.tars.read import BytesReader, HopReader
 
 __all__ = ["TarFault", "TarIndex", "index_tar", "split_name", "walk_tar"]
 

@@ -15,9 +15,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from sharding.manifest import Shard
-from sharding.tableverify import Fault
-from sharding.tarread import HopReader
-from sharding.tarsamples import TarSamples, TarTask, read_tar
+from sharding.tars.read import HopReader
+from sharding.tars.samples import TarSamples, TarTask, read_tar
+from sharding.tars.verify_table import Fault
 
 __all__ = ["TarReport", "VerifyTask", "verify_tar"]
 

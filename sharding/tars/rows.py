@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sharding.tarsamples import Kind, TarSamples
+from sharding.tars.samples import Kind, TarSamples
 
 __all__ = ["TarRows", "UnusableError", "check_rows", "finding", "join_tars"]
 

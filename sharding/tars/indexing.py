@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from sharding import reben
 from sharding.cache import is_url
 from sharding.images import RGB
-from sharding.labels import SPLIT_NAMES, LabelFile
 from sharding.manifest import SPLITS, Manifest, Member, Shard, table_schema, write_manifest
 from sharding.pool import run_tasks
 from sharding.progress import Progress
-from sharding.tarindex import split_name
-from sharding.tarlist import Tars
-from sharding.tarrows import TarRows, UnusableError, check_rows, finding, join_tars
-from sharding.tarsamples import Kind, TarSamples, TarTask, read_tar
-from sharding.tarstatistics import sampled_statistics
+from sharding.sources.labels import SPLIT_NAMES, LabelFile
+from sharding.tars.listing import Tars
+from sharding.tars.rows import TarRows, UnusableError, check_rows, finding, join_tars
+from sharding.tars.samples import Kind, TarSamples, TarTask, read_tar
+from sharding.tars.statistics import sampled_statistics
+from sharding.tars.structure import split_name
 
 __all__ = ["Indexed", "index_shards"]
 
@@ -120,7 +120,7 @@ def _read_all(tars: Tars, *, digests: bool, workers: int) -> list[TarSamples]:
     tasks = [TarTask(tars.where(name), name, whole=whole) for name in tars.names]
     found: dict[str, TarSamples] = {}
     with Progress("indexing", len(tasks), unit="tars") as progress:
-        for one in run_tasks(read_tar, tasks, workers=workers, preload=("sharding.tarsamples",)):
+        for one in run_tasks(read_tar, tasks, workers=workers, preload=("sharding.tars.samples",)):
             found[one.task.name] = one
             progress.at(len(found))
     return [found[name] for name in tars.names]

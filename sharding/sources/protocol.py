@@ -1,7 +1,6 @@
 """Where samples come from: the protocol that every source has, whatever it reads, and what is known before a pixel is.
 
-``sharding.sources`` has reBEN, ``sharding.hdf5`` and ``sharding.imagefolder`` have the others; who packs imports none
-of them. Letters: N patches, C classes.
+``geotiff`` has reBEN, ``hdf5`` and ``imagefolder`` have the others; who packs imports none of them. Letters: N patches, C classes.
 """
 
 from contextlib import AbstractContextManager

@@ -1,8 +1,8 @@
 """reBEN from its archives as they are downloaded: any order inside, nothing unpacked but pixels, restartable.
 
 The archives are read from front to end by this process; workers decode bundles of their files into scratch space
-(``sharding.staging``), from which the shards are written. A run that is killed reads the archives again, but decodes
-only what had not arrived; once all has arrived they are not opened again.
+(``staging``), from which the shards are written. A run that is killed reads the archives again, but decodes only what
+had not arrived; once all has arrived they are not opened again.
 """
 
 import contextlib
@@ -23,17 +23,17 @@ from sharding.pool import run_tasks
 from sharding.progress import Progress
 from sharding.sample import Sample
 from sharding.shardfile import ShardTask
-from sharding.source import Index
-from sharding.sources import reben_index
-from sharding.staging import FILES, MAP, Arrived, File, Staged, file_of_tree, scratch_file, store
-from sharding.tarstream import Archive, ArchiveError, find_archive
+from sharding.sources.geotiff import reben_index
+from sharding.sources.protocol import Index
+from sharding.sources.staging import FILES, MAP, Arrived, File, Staged, file_of_tree, scratch_file, store
+from sharding.sources.tarstream import Archive, ArchiveError, find_archive
 
 __all__ = ["RebenArchives"]
 
 _NUMBERS = {name: number for number, name in enumerate(FILES)}
 _BUNDLE_BYTES = 1 << 21  # of files handed to a worker at once: about 12 patches
 # The fork server starts once: what the shards' writers need is imported now, or by each of them later.
-_PRELOAD = ("sharding.staging", "sharding.shardfile", "webdataset")
+_PRELOAD = ("sharding.sources.staging", "sharding.shardfile", "webdataset")
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharding.images import IMAGE_NAMES, RGB, image_size
-from sharding.labels import TableFile, join_name, parse_labels, parse_splits, split_name
 from sharding.manifest import SPLITS, Member
 from sharding.sample import Sample
-from sharding.source import Index, PatchError
+from sharding.sources.labels import TableFile, join_name, parse_labels, parse_splits, split_name
+from sharding.sources.protocol import Index, PatchError
 
 __all__ = ["Images", "open_images"]
 
@@ -140,7 +140,7 @@ def open_images(root: Path, labels: str, *, split_file: str | None = None, split
 
     Args:
         root: a folder or a zip; images lie at any depth.
-        labels: a table as ``sharding.labels.read_labels`` reads it; a path, or a name below the root.
+        labels: a table as ``sharding.sources.labels.read_labels`` reads it; a path, or a name below the root.
         split_file: a CSV or TSV of keys and splits, found likewise. What it does not list is left out.
         split: of all images. Without both, the column ``split`` of the labels tells, or else the folders images_tr
             (train) and images_test (test), or else all is train.

@@ -15,8 +15,8 @@ from sharding.manifest import Member, Statistics
 from sharding.pool import run_tasks
 from sharding.progress import Progress
 from sharding.statistics import BandSums, add_sums, largest_side, measure, statistics_of
-from sharding.tarlist import Tars
-from sharding.tarread import HopReader, RemoteBlocks
+from sharding.tars.listing import Tars
+from sharding.tars.read import HopReader, RemoteBlocks
 
 __all__ = ["sampled_statistics"]
 

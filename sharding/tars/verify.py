@@ -19,8 +19,8 @@ from sharding.cache import is_url
 from sharding.manifest import MANIFEST_PARQUET, Manifest, file_digest, load_manifest, table_schema
 from sharding.pool import run_tasks
 from sharding.progress import Progress
-from sharding.tableverify import Fault, check_table
-from sharding.tarverify import TarReport, VerifyTask, verify_tar
+from sharding.tars.verify_table import Fault, check_table
+from sharding.tars.verify_tar import TarReport, VerifyTask, verify_tar
 
 __all__ = ["Fault", "Verified", "verify_shards"]
 

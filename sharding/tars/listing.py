@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sharding.cache import is_url
-from sharding.tarread import close_system, open_system
+from sharding.tars.read import close_system, open_system
 
 __all__ = ["Tars", "find_tars"]
 

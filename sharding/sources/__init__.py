@@ -1,0 +1,1 @@
+"""Where patches come from: GeoTIFF trees and archives, HDF5, image folders, all behind one protocol."""
