@@ -28,8 +28,8 @@ _OPEN_FILES = 256  # per reader; common soft limits are 1024 a process, and reBE
 _TAR_HEADER = 512
 _NAME = 100  # bytes of the name field, the first of a tar header
 _GAP = 8192  # a gap up to this size is read along: copying it takes less time than another system call
-# Seconds a row: from the page cache it takes 20 to 60 microseconds, from a disk more than 150. Announced, a fast disk may
-# come below that: only rows that are warm beyond doubt end the announcing, or it would switch on and off.
+# Seconds a row: from the page cache it takes 20 to 60 microseconds, from a disk more than 150. Announced, a fast disk
+# may come below that: only rows that are warm beyond doubt end the announcing, or it would switch on and off.
 _COLD, _WARM = 150e-6, 60e-6
 
 

@@ -1,6 +1,7 @@
 """Where samples come from: the protocol that every source has, whatever it reads, and what is known before a pixel is.
 
-``geotiff`` has reBEN, ``hdf5`` and ``imagefolder`` have the others; who packs imports none of them. Letters: N patches, C classes.
+``geotiff`` has reBEN, ``hdf5`` and ``imagefolder`` have the others; who packs imports none of them. Letters: N patches,
+C classes.
 """
 
 from contextlib import AbstractContextManager
