@@ -8,6 +8,12 @@ cache, first in one process, then with a worker per core, and deliver them as wh
 the source's before anything is timed. Each contestant lives in a process of its own, so that none changes the memory or
 the threads of another, and they take turns: a round measures each once, ratios are taken within a round, medians over
 the rounds. A measurement is an epoch of at least ``--seconds``, from asking for its first batch to having its last one.
+
+Peers that are not installed are left out and named. ``pip install '.[bench]'`` brings LMDB; MosaicML's package pins an
+older numpy than ours, so it goes into a folder of its own, which ``--peers`` names (it runs with ours)::
+
+    pip install --no-deps --target PEERS mosaicml-streaming transformers tokenizers regex Brotli python-snappy cramjam
+        zstd catalogue boto3 botocore s3transfer jmespath python-dateutil six
 """
 
 import argparse
