@@ -98,12 +98,15 @@ def micro_ap(scores_NC: Floats, labels_NC: Bools) -> float:
     return float(average_precision_C(scores_NC.reshape(-1, 1), labels_NC.reshape(-1, 1))[0])
 
 
-def bootstrap_map(scores_NC: Floats, labels_NC: Bools, *, seed: int, num_replicates: int = 20) -> Float64:
+def bootstrap_map(
+    scores_NC: Floats, labels_NC: Bools, *, seed: int, num_replicates: int = 20, kept_N: Bools | None = None
+) -> Float64:
     """float64 [R]: macro mAP under R Poisson bootstraps of the rows; their spread is its sampling error.
 
     Replicate r weights row i with a Poisson(1) count that depends on (seed, r, i) alone: it is the same in every call,
     so replicates of two models on the same rows are paired, and their difference has its own, smaller spread. A class
-    whose positives all have weight 0 in a replicate is left out of that replicate's mean.
+    whose positives all have weight 0 in a replicate is left out of that replicate's mean. Rows that ``kept_N`` (bool)
+    leaves out count in no replicate, and the others keep the weights they would have had.
 
     Raises:
         ValueError: different shapes, or scores that are not finite.
@@ -112,6 +115,8 @@ def bootstrap_map(scores_NC: Floats, labels_NC: Bools, *, seed: int, num_replica
     weights_RN = np.stack([
         derive_rng(seed, "bootstrap", r).poisson(1.0, (num_rows,)).astype(np.uint8) for r in range(num_replicates)
     ])  # fmt: skip
+    if kept_N is not None:
+        scores_NC, labels_NC, weights_RN = scores_NC[kept_N], labels_NC[kept_N], weights_RN[:, kept_N]
     columns = _columns(scores_NC, labels_NC)
     ap_RC = np.stack([_weighted_ap_R(scores_N, labels_N, weights_RN) for scores_N, labels_N in columns], axis=1)
     return np.array([_mean_defined(ap_C) for ap_C in ap_RC], dtype=np.float64)

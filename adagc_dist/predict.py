@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from adagc_dist.comm import Comm
+from adagc_dist.comm import Comm, first_error_everywhere
 from adagc_dist.pixels import Pixels
 from sharding.loader import BatchReader
 from sharding.plan import Slot, evaluation_blocks
@@ -35,13 +35,18 @@ class Scores:
         return self.values_NC[self.read_N], labels_NC[self.read_N]
 
 
-def check_bad_rows(count: int, rows: int, limit: float) -> None:
+def check_bad_rows(count: int, rows: int, limit: float, comm: Comm) -> None:
     """Few unreadable rows are a nuisance, many mean that the data are not what one believes to train on.
+
+    Collective where it fails: all ranks know the count, one tells.
 
     Raises:
         ValueError: more than ``limit`` of the rows could not be read.
+        PeerError: the same, on the other ranks.
     """
-    if count > limit * rows:
+    if count <= limit * rows:
+        return
+    with first_error_everywhere(comm):
         raise ValueError(
             f"{count} of {rows} rows could not be read, more than data.max_bad_fraction={limit}: run `adagc verify`, "
             "and copy or make the damaged shards again"
@@ -91,7 +96,7 @@ class SplitScorer:
                 parts.append(torch.cat([logits_BC.float().sigmoid(), read_B[:, None]], dim=1))
         gathered = self._assemble(parts)
         scores = Scores(np.ascontiguousarray(gathered[:, :-1]), gathered[:, -1] > 0)
-        check_bad_rows(int((~scores.read_N).sum()), self._num_rows, self._max_bad_fraction)
+        check_bad_rows(int((~scores.read_N).sum()), self._num_rows, self._max_bad_fraction, self._comm)
         return scores
 
     def _assemble(self, parts: list[Tensor]) -> NDArray[np.float32]:

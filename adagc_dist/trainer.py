@@ -125,28 +125,28 @@ class Trainer:
                 self._train_step(batches, plan, epoch_meter)
                 show(plan.rows_before(step + 1))
                 if self.moment.step % self.config.run.log_every == 0:
+                    self._count_skipped(plan)  # too many need not wait for the epoch's end
                     self.tracker.scalars(self._meter.read() | {"learning_rate": self._rate(plan)}, self.moment.step)
                     self._meter.reset()
         skipped = self._count_skipped(plan)
+        if skipped:
+            log.warning("epoch %d: %d of %d rows could not be read", plan.epoch + 1, skipped, plan.num_rows)
         if self.method.store is not None:
             self.method.store.check_visited_once(skipped)
         return epoch_meter.read() | {"data/skipped_rows": float(skipped)}
 
     def _count_skipped(self, plan: EpochPlan) -> int:
-        """Collective: rows of the epoch that could not be read, over all ranks; too many stop the run."""
+        """Collective: rows of the epoch so far that could not be read, over all ranks; too many stop the run."""
         mine = torch.tensor([self._bad_rows], device=self.engine.device)
         skipped = int(self.comm.all_reduce_sum(mine).item())
-        check_bad_rows(skipped, plan.num_rows, self.config.data.max_bad_fraction)
-        if skipped:
-            log.warning("epoch %d: %d of %d rows could not be read", plan.epoch + 1, skipped, plan.num_rows)
+        check_bad_rows(skipped, plan.num_rows, self.config.data.max_bad_fraction, self.comm)
         return skipped
 
     def _train_step(self, batches: Iterator[Batch], plan: EpochPlan, epoch_meter: Meter) -> None:
         """One update of the student, and the teacher after it."""
         for micro in range(plan.accumulation):
             found = next(batches)
-            self._bad_rows += int(found.failed.sum())  # on this rank alone: already too many need not wait for the end
-            check_bad_rows(self._bad_rows, plan.num_rows, self.config.data.max_bad_fraction)
+            self._bad_rows += int(found.failed.sum())
             batch = self.feed.prepare(found, plan.epoch)
             torch.manual_seed(derive_seed(self.config.run.seed, "dropout", self.moment.step, micro, self.comm.rank))
             losses = self.method.losses(batch, self._phase)

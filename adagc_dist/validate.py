@@ -68,9 +68,9 @@ class Validator:
         return cast(Validation, self._comm.broadcast_object(on_rank_0))
 
     def _metrics(self, scores: Scores) -> Validation:
-        noisy = scores.beside(self._observed_NC)
+        replicates = bootstrap_map(scores.values_NC, self._observed_NC, seed=self._seed, kept_N=scores.read_N)
         return Validation(
-            noisy_map=macro_map(*noisy),
-            replicates=bootstrap_map(*noisy, seed=self._seed).tolist(),
+            noisy_map=macro_map(*scores.beside(self._observed_NC)),
+            replicates=replicates.tolist(),
             true_map=macro_map(*scores.beside(self._labels_NC)),
         )

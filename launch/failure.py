@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from adagc_dist.comm import PeerError
 
-__all__ = ["exit_code"]
+__all__ = ["exit_code", "is_lost_peer"]
+
+_LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's, as plain errors
 
 
 def exit_code(command: str, work: Callable[[], None]) -> int:
@@ -24,6 +26,19 @@ def exit_code(command: str, work: Callable[[], None]) -> int:
         return 1
     except PeerError:  # told by the rank it happened on
         return 1
+    except RuntimeError as error:
+        if is_lost_peer(error):
+            return 1
+        raise
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank has gone: the cause is that rank's to tell."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_CONNECTION)
+    )

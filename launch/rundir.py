@@ -13,22 +13,38 @@ import fcntl
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import IO, Any
 
 from safetensors.torch import save_file
 
 from adagc_dist.checkpoint import Checkpoint, CheckpointStore
-from adagc_dist.comm import Comm, first_error_everywhere
+from adagc_dist.comm import Comm, PeerError, first_error_everywhere
 from adagc_dist.config import Config
 from adagc_dist.tracking import NullTracker, RunTracker, Tracker, read_status, write_json
 from adagc_dist.trainer import Trainer
+from launch.failure import is_lost_peer
 from launch.recipe import dump_config, flatten, load_config
 
 __all__ = ["TEACHER", "RunFolder", "mark_failed"]
 
 TEACHER = "teacher.safetensors"
-_MAY_CHANGE = ("data.shards", "data.workers", "optim.epochs", "optim.accumulation", "engine.name", "engine.device")
+_MAY_CHANGE = (
+    "data.shards",
+    "data.workers",
+    "data.prefetch",
+    "data.reader",
+    "data.check_digests",
+    "data.on_error",
+    "data.max_bad_fraction",
+    "data.cache",
+    "data.cache_gb",
+    "optim.epochs",
+    "optim.accumulation",
+    "engine.name",
+    "engine.device",
+)
 
 
 class RunFolder:
@@ -96,6 +112,25 @@ class RunFolder:
                 "finished", epochs=moment.epoch, step=moment.step, trigger_epoch=moment.trigger_epoch
             )
         trainer.tracker.close()
+
+    def fail(self, trainer: Trainer, error: Exception) -> None:
+        """Write the failed run's status: by the rank that knows the cause; by rank 0, where no other does in time."""
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, PeerError) or is_lost_peer(error):
+            if self._comm.rank != 0 or self._told_by_another():
+                return
+            reason = f"rank 0 lost another rank, whose output has the cause ({reason.splitlines()[0]})"
+        status = {"state": "failed", "step": trainer.moment.step, "rank": self._comm.rank, "reason": reason}
+        write_json(self._path / "status.json", status)
+
+    def _told_by_another(self, seconds: float = 5.0) -> bool:
+        """Whether a rank that knows the cause writes it: it may still be busy dying."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if read_status(self._path).get("state") == "failed":
+                return True
+            time.sleep(0.1)
+        return False
 
     def _check_free(self) -> None:
         if not self._path.exists() or not any(self._path.iterdir()):

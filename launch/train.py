@@ -96,7 +96,7 @@ def train(config: Config) -> None:
         try:
             trainer.run()
         except Exception as error:
-            trainer.tracker.status("failed", step=trainer.moment.step, reason=f"{type(error).__name__}: {error}")
+            run.fail(trainer, error)
             raise
         run.finish(trainer)
 

@@ -104,7 +104,7 @@ class ShardLoader:
 
         Raises:
             ReadError: a row's bytes could not be read (on_error "stop").
-            RuntimeError: a worker died.
+            WorkerError: a worker died.
             ValueError: a slot of more than ``max_rows`` rows.
         """
         self._begin()

@@ -144,7 +144,7 @@ class _Streams(IterableDataset["_Filled"]):
                     row = row_of.pop(key)
                     self._kept[row] = self._pixels(shard, sample, row)
         except (OSError, ValueError, EOFError, tarfile.TarError) as error:
-            problem = f"the stream broke off: {error.args[0] if error.args else error}"
+            problem = f"the stream broke off: {error.args[0] if isinstance(error, tarfile.TarError) else error}"
         for key, row in row_of.items():
             self._kept[row] = f"{key} in {shard.name}: {problem}"
 

@@ -12,6 +12,7 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -24,9 +25,13 @@ from numpy.typing import NDArray
 from sharding.reader import PatchReader, ReadError, Target
 from sharding.ring import Ring
 
-__all__ = ["Filler", "Job", "Report", "StartMethod", "WorkerPool", "cover_failed"]
+__all__ = ["Filler", "Job", "Report", "StartMethod", "WorkerError", "WorkerPool", "cover_failed"]
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
+
+
+class WorkerError(OSError):
+    """A reading process has died; the message says how, and what may help."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class WorkerPool:
         """The report of the oldest job.
 
         Raises:
-            RuntimeError: its worker has died.
+            WorkerError: its worker has died.
         """
         number = self._asked.popleft()
         pipe, process = self._pipes[number], self._processes[number]
@@ -117,7 +122,7 @@ class WorkerPool:
             report: Report = pipe.recv()
         except (EOFError, OSError) as error:
             process.join(1.0)
-            raise RuntimeError(
+            raise WorkerError(
                 f"reading process {process.pid} died without a word (exit code {process.exitcode}): killed from "
                 "outside, or for using too much memory (then try a smaller data.workers)"
             ) from error
@@ -148,13 +153,15 @@ def _work(filler: Filler, pipe: Connection, others: Sequence[Connection], stages
     try:
         while True:
             job = pipe.recv()
+            if job is None:
+                os._exit(0)  # nothing here is worth an orderly end
             try:
                 report = filler.fill(job)
             except Exception as error:
                 report = Report(error=_portable(error))
             pipe.send(report)
-    except (EOFError, OSError):
-        os._exit(0)  # the parent is gone, or has had enough: nothing here is worth an orderly end
+    except (EOFError, OSError):  # the parent is gone
+        os._exit(0)
 
 
 def _portable(error: Exception) -> Exception:
@@ -166,6 +173,8 @@ def _portable(error: Exception) -> Exception:
 
 def _close(pipes: Sequence[Connection], processes: Sequence[BaseProcess]) -> None:
     for pipe in pipes:
+        with suppress(OSError):  # its worker has died already
+            pipe.send(None)  # closing alone would not do: workers of another pool, forked later, hold this end as well
         pipe.close()
     for process in processes:
         process.join(5.0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from adagc_dist.comm import Comm
+from adagc_dist.comm import Comm, PeerError, SoloComm
 from adagc_dist.config import Config
 from adagc_dist.model import create_student
 from adagc_dist.predict import Scores, check_bad_rows
@@ -97,11 +97,11 @@ def test_rows_that_were_not_read_are_measured_nowhere() -> None:
 )
 def test_more_bad_rows_than_the_limit_are_refused(count: int, rows: int, limit: float, refused: bool) -> None:
     if not refused:
-        check_bad_rows(count, rows, limit)
+        check_bad_rows(count, rows, limit, SoloComm())
         return
     message = f"{count} of {rows} rows could not be read, more than data.max_bad_fraction={limit}: run `adagc verify`"
     with pytest.raises(ValueError, match=message):
-        check_bad_rows(count, rows, limit)
+        check_bad_rows(count, rows, limit, SoloComm())
 
 
 def score_with_losses(comm: Comm, config: Config, lost: list[int]) -> Scores:
@@ -133,8 +133,8 @@ def test_lost_rows_are_marked_in_their_place_on_every_rank(tiny_shards: Path, wo
 def refusal(comm: Comm, config: Config, lost: list[int]) -> str:
     try:
         score_with_losses(comm, config, lost)
-    except ValueError as error:
-        return str(error)
+    except (ValueError, PeerError) as error:
+        return f"{type(error).__name__}: {error}"
     return ""
 
 
@@ -142,4 +142,5 @@ def test_lost_rows_are_counted_over_all_ranks_and_every_rank_stops(tiny_shards: 
     """Each of the two ranks has lost fewer than the limit."""
     config = tiny_config(tiny_shards, Path("run"), "run.eval_block=16", "data.max_bad_fraction=0.1")
     told = run_ranks(2, refusal, config, [0, 15, 16, 31, 39])
-    assert [text.startswith("5 of 40 rows could not be read, more than") for text in told] == [True, True]
+    assert told[0].startswith("ValueError: 5 of 40 rows could not be read, more than data.max_bad_fraction=0.1")
+    assert told[1].startswith("PeerError: rank 0 failed: ")  # one of them tells it

@@ -46,6 +46,9 @@ class HopReader:
     ) -> None:
         os.close(self._file)
 
+    def fileno(self) -> int:
+        return self._file
+
     def read(self, offset: int, count: int) -> bytes:
         begin = offset - self._start
         if begin < 0 or begin + count > len(self._data):

@@ -5,6 +5,7 @@ Letters: N samples of the tar.
 
 import io
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from sharding.cache import is_url
 from sharding.images import IMAGE_NAMES, image_size
 from sharding.tars.read import BytesReader, HopReader, LocalBlocks, RemoteBlocks, StreamReader
+from sharding.tars.runs import Run, walk_runs
 from sharding.tars.structure import TarFault, split_name, walk_tar
 
 __all__ = ["Column", "Kind", "TarSamples", "TarTask", "is_payload", "read_tar"]
@@ -125,7 +127,7 @@ def _collect(reader: BytesReader, found: TarSamples, *, whole: bool) -> None:
 
 
 class _Members:
-    """All members of a tar as parallel lists, while it is being walked through."""
+    """All members of a tar as parallel lists, while it is being walked through; runs of samples as they come."""
 
     def __init__(self, reader: BytesReader, found: TarSamples, *, whole: bool) -> None:
         self._reader, self._found, self._whole = reader, found, whole
@@ -137,13 +139,18 @@ class _Members:
         self._known: dict[str, int] = {}  # extension -> code
         self._heads: dict[str, bytes] = {}
         self._counts: Counter[str] = Counter()
+        self._parts: list[tuple[NDArray[Any], ...]] = []  # of keys, offsets, sizes, codes, digests
 
     def walk(self) -> None:
         reader, keep, known, whole = self._reader, self._found.task.keep, self._known, self._whole
         keys, offsets, sizes, codes, digests = self._keys, self._offsets, self._sizes, self._codes, self._digests
         heads, ignored = self._heads, self._found.ignored
         payload: set[str] = set()
-        for name, offset, size in walk_tar(reader, self._found.task.where):
+        for entry in self._entries():
+            if isinstance(entry, Run):
+                self._add(entry)
+                continue
+            name, offset, size = entry
             key, extension = split_name(name)
             if not key:
                 ignored[""] += 1
@@ -169,6 +176,46 @@ class _Members:
                     self._found.kept.setdefault(key, {})[extension] = bytes(reader.read(offset, size))
             digests.append(digest)
 
+    def _entries(self) -> Iterator[Run | tuple[str, int, int]]:
+        reader, where = self._reader, self._found.task.where
+        return walk_runs(reader, where, self._head) if isinstance(reader, HopReader) else walk_tar(reader, where)
+
+    def _head(self, extension: str) -> bytes | None:
+        """What a member of a run is to begin with; nothing where all are inspected anyway."""
+        if is_payload(extension) and extension.endswith("npy"):
+            return self._heads.get(extension) or None
+        return b""
+
+    def _add(self, run: Run) -> None:
+        self._close_part()
+        count, width = run.offsets_SM.shape
+        keys = np.repeat(np.array(run.keys, object), width)
+        codes = np.tile([self._known[extension] for extension in run.extensions], count)
+        offsets, sizes = run.offsets_SM.ravel(), run.sizes_SM.ravel()
+        self._parts.append((keys, offsets, sizes, codes, np.zeros(len(keys), np.uint64)))
+        images = []
+        for m, extension in enumerate(run.extensions):
+            if not is_payload(extension):
+                self._found.ignored[extension] += count
+            elif not extension.endswith("npy"):
+                seen = self._counts[extension]
+                powers = [1 << bit for bit in range(64) if seen < 1 << bit <= seen + count]
+                images += [(number - seen - 1, m, number - 1) for number in powers]
+                self._counts[extension] += count
+        for sample, m, before in sorted(images):
+            extension, seen = run.extensions[m], self._counts[run.extensions[m]]
+            self._counts[extension] = before
+            self._inspect(run.keys[sample], extension, int(run.offsets_SM[sample, m]), int(run.sizes_SM[sample, m]))
+            self._counts[extension] = seen
+
+    def _close_part(self) -> None:
+        lists = self._keys, self._offsets, self._sizes, self._codes, self._digests
+        dtypes = object, np.int64, np.int64, np.int64, np.uint64
+        if self._keys:
+            self._parts.append(tuple(np.array(values, dtype) for values, dtype in zip(lists, dtypes)))
+            for values in lists:
+                values.clear()
+
     def _inspect(self, key: str, extension: str, offset: int, size: int) -> None:
         """A .npy header that is not the same bytes as the first one; images number 1, 2, 4, 8, ..."""
         image = not extension.endswith("npy")
@@ -190,22 +237,15 @@ class _Members:
 
     def group(self) -> None:
         """Adjoining members of one key are a sample."""
-        keys, found = np.array(self._keys, dtype=object), self._found
-        if not len(keys):
+        found = self._found
+        self._close_part()
+        if not self._parts:
             return
+        keys, offsets, sizes, codes, digests = (np.concatenate(part) for part in zip(*self._parts))
         first = np.concatenate([[True], keys[1:] != keys[:-1]])
         sample_M = np.cumsum(first) - 1
         names: list[str] = keys[first].tolist()
         found.keys = pa.array(names, pa.string())
-        codes, offsets, sizes, digests = (
-            np.array(values, dtype)
-            for values, dtype in (
-                (self._codes, np.int64),
-                (self._offsets, np.int64),
-                (self._sizes, np.int64),
-                (self._digests, np.uint64),
-            )
-        )
         for extension, code in self._known.items():
             chosen = np.flatnonzero(codes == code)[::-1]  # of two, the first stays
             samples = sample_M[chosen]

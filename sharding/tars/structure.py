@@ -83,13 +83,16 @@ def split_name(name: str) -> tuple[str, str]:
     return name[:dot], name[dot + 1 :]
 
 
-def walk_tar(reader: BytesReader, where: str) -> Iterator[tuple[str, int, int]]:
+def walk_tar(reader: BytesReader, where: str, position: int = 0) -> Iterator[tuple[str, int, int]]:
     """(name, offset, size) of each regular file, header after header, each checked before it is used.
+
+    Args:
+        position: where to begin; behind a regular file, or 0.
 
     Raises:
         TarFault: it is damaged, cut, compressed or no tar.
     """
-    position, total, extended = 0, reader.size, _Extended()
+    total, extended = reader.size, _Extended()
     while True:
         header = bytes(reader.read(position, _BLOCK))
         if len(header) < _BLOCK:
