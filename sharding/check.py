@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sharding.arguments import add_workers, make_parser, positive
+
 if TYPE_CHECKING:
     from sharding.tars.indexing import Indexed
     from sharding.tars.verify import Verified
@@ -47,7 +49,7 @@ _PRINTED = 100  # faults
 
 def index(argv: list[str]) -> int:
     """``adagc index``: a manifest for tars made by others. Returns the exit code."""
-    parser = _parser("adagc index", _INDEX, _INDEX_EXAMPLE)
+    parser = make_parser("adagc index", _INDEX, _INDEX_EXAMPLE)
     option = parser.add_argument
     where = "folder of tars, tar, URL of either; {000..123} and {a,b} stand for several"
     option("tars", nargs="+", metavar="TARS", help=where)
@@ -59,11 +61,11 @@ def index(argv: list[str]) -> int:
     option("--name", metavar="NAME", help="of the dataset (default: that of the tars' folder)")
     option("--digests", action="store_true", help="read all bytes, so that damage is noticed later")
     most = "train rows that mean and deviation of the bands are taken from (default: %(default)s)"
-    option("--statistics-samples", type=_positive, default=2000, metavar="N", help=most)
+    option("--statistics-samples", type=positive, default=2000, metavar="N", help=most)
     unusable = "what cannot be used: stop, or leave it out and list it (default: %(default)s)"
     option("--on-error", choices=("stop", "skip"), default="stop", help=unusable)
     option("--force", action="store_true", help="replace a manifest that is there")
-    _add_workers(parser)
+    add_workers(parser)
     asked = parser.parse_args(argv)
     if asked.out is None and any("://" in location for location in asked.tars):
         parser.error("--out is needed where the tars are at a URL")
@@ -72,43 +74,14 @@ def index(argv: list[str]) -> int:
 
 def verify(argv: list[str]) -> int:
     """``adagc verify``: the tars against their manifest. Returns the exit code."""
-    parser = _parser("adagc verify", _VERIFY, _VERIFY_EXAMPLE)
+    parser = make_parser("adagc verify", _VERIFY, _VERIFY_EXAMPLE)
     option = parser.add_argument
     option("folder", type=Path, metavar="DIR", help="folder with manifest.json")
     option("--quick", action="store_true", help="structure and sizes only, without reading all bytes")
     option("--report", type=Path, metavar="FILE", help=f"all faults as JSON (the first {_PRINTED} are printed)")
-    _add_workers(parser)
+    add_workers(parser)
     asked = parser.parse_args(argv)
     return _guarded("adagc verify", lambda: _verify(asked))
-
-
-def _parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, formatter_class=raw)
-
-
-def _add_workers(parser: argparse.ArgumentParser) -> None:
-    cores = len(os.sched_getaffinity(0))
-    processes = "processes; 0 works in this one (default: the cores at hand, here %(default)s)"
-    parser.add_argument("--workers", type=_count, default=cores, metavar="N", help=processes)
-
-
-def _count(text: str) -> int:
-    return _whole(text, least=0)
-
-
-def _positive(text: str) -> int:
-    return _whole(text, least=1)
-
-
-def _whole(text: str, *, least: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
-    return number
 
 
 def _bands(text: str) -> tuple[str, tuple[str, ...]]:

@@ -5,12 +5,12 @@ happen inside, so that ``--help`` answers at once and a machine without rasterio
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sharding.arguments import add_workers, make_parser, positive
 from sharding.convert_formats import FORMATS
 
 if TYPE_CHECKING:
@@ -52,21 +52,21 @@ labels other than their map's, and lists skipped ones."""
 
 def synth(argv: list[str]) -> int:
     """``adagc synth``: write a synthetic reBEN tree. Returns the exit code."""
-    parser = _parser("adagc synth", _SYNTH, _SYNTH_EXAMPLE)
+    parser = make_parser("adagc synth", _SYNTH, _SYNTH_EXAMPLE)
     option = parser.add_argument
     option("--out", type=Path, required=True, metavar="TREE", help="folder to write: new, empty or unfinished")
-    option("--patches", type=_positive, required=True, metavar="N", help="number of patches, about 0.2 MB each")
+    option("--patches", type=positive, required=True, metavar="N", help="number of patches, about 0.2 MB each")
     option("--seed", type=int, default=0, metavar="S", help="another seed is another tree (default: %(default)s)")
     shares = "shares of the train, validation and test splits (default: 0.6,0.2,0.2)"
     option("--shares", type=_shares, default=(0.6, 0.2, 0.2), metavar="T,V,E", help=shares)
-    _add_workers(parser)
+    add_workers(parser)
     asked = parser.parse_args(argv)
     return _guarded("adagc synth", lambda: _synth(asked))
 
 
 def shard(argv: list[str]) -> int:
     """``adagc shard FORMAT``: convert a dataset to shards. Returns the exit code."""
-    parser = _parser("adagc shard", _SHARD, _REBEN_EXAMPLE)
+    parser = make_parser("adagc shard", _SHARD, _REBEN_EXAMPLE)
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     _add_reben(
         formats.add_parser(
@@ -108,40 +108,11 @@ def _add_packing(parser: argparse.ArgumentParser, size: str) -> None:
     """What every format asks."""
     option = parser.add_argument
     option("--out", type=Path, required=True, metavar="DIR", help="folder to write: new, empty or unfinished")
-    option("--samples-per-shard", type=_positive, default=1000, metavar="N", help=size)
+    option("--samples-per-shard", type=positive, default=1000, metavar="N", help=size)
     option("--seed", type=int, default=0, metavar="S", help="of the packing order (default: %(default)s)")
     unusable = "a patch that cannot be used: stop, or skip it and list it at the end (default: %(default)s)"
     option("--on-error", choices=("stop", "skip"), default="stop", help=unusable)
-    _add_workers(parser)
-
-
-def _parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, formatter_class=raw)
-
-
-def _add_workers(parser: argparse.ArgumentParser) -> None:
-    cores = len(os.sched_getaffinity(0))
-    processes = "processes; 0 works in this one (default: the cores at hand, here %(default)s)"
-    parser.add_argument("--workers", type=_count, default=cores, metavar="N", help=processes)
-
-
-def _count(text: str) -> int:
-    return _whole(text, least=0)
-
-
-def _positive(text: str) -> int:
-    return _whole(text, least=1)
-
-
-def _whole(text: str, *, least: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
-    return number
+    add_workers(parser)
 
 
 def _shares(text: str) -> tuple[float, float, float]:
