@@ -34,11 +34,12 @@ def image_size(data: bytes | bytearray | memoryview) -> tuple[int, int]:
 
 
 def _opened(data: bytes | bytearray | memoryview, use: Callable[[Any], Any]) -> Any:
-    from PIL import Image  # training from arrays does without
+    from PIL import Image, UnidentifiedImageError  # training from arrays does without
 
     try:
         with Image.open(io.BytesIO(data)) as image:
             return use(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        # Pillow's UnidentifiedImageError is an OSError; damaged PNG chunks are SyntaxErrors
+    except UnidentifiedImageError as error:  # its own text is the address of the bytes
+        raise ValueError("no image that can be decoded (of no known format)") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # damaged PNG chunks are SyntaxErrors
         raise ValueError(f"no image that can be decoded ({error})") from error

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import re
 import shutil
 import subprocess
 import tarfile
@@ -13,9 +14,13 @@ import pytest
 import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from sharding.manifest import file_digest
-from sharding.tars.read import LocalBlocks, StreamReader
+from sharding.tars import runs
+from sharding.tars.read import HopReader, LocalBlocks, StreamReader
+from sharding.tars.runs import Run, walk_runs
+from sharding.tars.samples import TarSamples, TarTask, read_tar
 from sharding.tars.structure import TarFault, TarIndex, index_tar, split_name, walk_tar
 
 Members = list[tuple[str, bytes]]
@@ -265,3 +270,166 @@ def test_a_stream_has_the_digest_of_the_file(tmp_path: Path) -> None:
         for _, offset, size in walk_tar(stream, ""):
             assert stream.read(offset, size) == content[offset : offset + size]
         assert stream.digest() == file_digest(path)
+
+
+def npy(bands: int, side: int, dtype: str = "uint16") -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((bands, side, side), dtype))
+    return buffer.getvalue()
+
+
+def jpg(side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+Sample = dict[str, bytes]
+ARRAYS = {"b10.npy": npy(2, 40), "b60.npy": npy(2, 4)}
+
+
+def usual(shape: str, number: int) -> Sample:
+    text = b"x" * (number * 397 % 1500)
+    if shape == "arrays":
+        return {**ARRAYS, "json": text}
+    if shape == "images":
+        return {"jpg": jpg(8) + bytes(number * 211 % 3000), "cls": b"1", "json": text}
+    return {"json": text, "npy": ARRAYS["b60.npy"]}
+
+
+def same(path: Path) -> TarSamples:
+    """By runs, and by the careful walk alone, which reads everything."""
+    fast, careful = read_tar(TarTask(str(path), "t")), read_tar(TarTask(str(path), "t", whole=True))
+    assert fast.keys.to_pylist() == careful.keys.to_pylist()
+    assert list(fast.columns) == list(careful.columns)
+    for name, column in careful.columns.items():
+        np.testing.assert_array_equal(fast.columns[name].offsets_N, column.offsets_N)
+        np.testing.assert_array_equal(fast.columns[name].sizes_N, column.sizes_N)
+    assert list(fast.kinds.items()) == list(careful.kinds.items())
+    wrong = [[(key, re.sub("0x[0-9a-f]+", "", reason)) for key, reason in one.wrong.items()] for one in (fast, careful)]
+    assert wrong[0] == wrong[1]  # but for the addresses of objects in Pillow's messages
+    assert list(fast.ignored.items()) == list(careful.ignored.items())
+    assert str(fast.broken) == str(careful.broken)
+    return fast
+
+
+def in_runs(path: Path) -> int:
+    """How many samples came in runs, with heads of arrays as an index of them has it."""
+    with HopReader(path) as reader:
+        entries = list(walk_runs(reader, "", lambda extension: b"\x93NUMPY" if extension.endswith("npy") else b""))
+    return sum(len(entry.keys) for entry in entries if isinstance(entry, Run))
+
+
+@pytest.mark.parametrize("shape", ["arrays", "images", "other"])
+@pytest.mark.parametrize("folder", ["", "./", "deep.er/größe/", "__a"])
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT], ids=["ustar", "gnu"])
+def test_runs_of_samples(tmp_path: Path, shape: str, folder: str, format: int) -> None:
+    samples = [(f"{folder}s{i}", usual(shape, i)) for i in range(700)]
+    path = write_tar(tmp_path / "r.tar", [(f"{k}.{e}", c) for k, s in samples for e, c in s.items()], format)
+    found = same(path)
+    assert found.keys.to_pylist() == [key.removeprefix("./") for key, _ in samples]
+    assert found.broken is None
+    assert in_runs(path) > 680
+
+
+ODDITIES = ["short", "lacks", "turned", "more", "nameless", "folder", "link", "long", "utf8", "hidden", "head", "twice"]
+
+
+def odd(tar: tarfile.TarFile, oddity: str, number: int, sample: Sample) -> None:
+    key, members = f"s{number}", list(sample.items())
+    first = members[0][0]
+    if oddity == "short":
+        members[0] = (first, members[0][1][:-700])
+    elif oddity == "lacks":
+        del members[number % len(members)]
+    elif oddity == "turned":
+        members.reverse()
+    elif oddity == "more":
+        members.insert(number % 4, ("more", b"more"))
+    elif oddity == "head":
+        members = [(e, npy(3, 4, "int16") if e.endswith("npy") else c) for e, c in members]
+    elif oddity == "twice":
+        members.append(members[0])
+    elif oddity == "long":
+        key = f"{'d' * 90}/s{number:060d}"
+    elif oddity == "utf8":
+        key = f"größe.d/{number}ß"
+    elif oddity == "hidden":
+        key = f"__{number}__/x"
+    for place, (extension, content) in enumerate(members):
+        if place == number % len(members) and oddity in ("nameless", "folder", "link"):
+            info = tarfile.TarInfo(f"between{number}")
+            info.type = {"nameless": tarfile.REGTYPE, "folder": tarfile.DIRTYPE, "link": tarfile.SYMTYPE}[oddity]
+            tar.addfile(info)
+        info = tarfile.TarInfo(f"{key}.{extension}")
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.sampled_from(["arrays", "images", "other"]),
+    format=st.sampled_from([*FORMATS.values()]),
+    oddities=st.dictionaries(st.integers(0, 39), st.sampled_from(ODDITIES), max_size=4),
+    many=st.sampled_from([(64, 512, 1024), (2, 5, 1)]),
+    damage=st.sampled_from(["", "", "byte", "header", "zeros", "cut", "joined"]),
+    at=st.tuples(st.integers(0, 119), st.integers(0, 511), st.integers(0, 255)),
+)
+def test_runs_change_nothing(
+    tmp_path: Path,
+    shape: str,
+    format: int,
+    oddities: dict[int, str],
+    many: tuple[int, int, int],
+    damage: str,
+    at: tuple[int, int, int],
+) -> None:
+    path = tmp_path / "odd.tar"
+    with tarfile.open(path, "w", format=format) as tar:
+        for number in range(40):
+            odd(tar, oddities.get(number, ""), number, usual(shape, number))
+    with tarfile.open(path) as tar:
+        headers = [member.offset_data - 512 for member in tar]
+    header = headers[at[0] % len(headers)]
+    if damage in ("byte", "header"):
+        patch(path, header + at[1], bytes([at[2]]))
+    elif damage == "zeros":
+        patch(path, header, bytes(512))
+    elif damage == "cut":
+        truncate(path, header + 3 * at[1])
+    elif damage == "joined":
+        joined(path)
+    if damage == "header":  # with a right sum
+        block = bytearray(path.read_bytes()[header : header + 512])
+        block[148:156] = b" " * 8
+        patch(path, header + 148, b"%06o\0 " % sum(block))
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in zip(("_FIRST", "_MOST", "_PATIENCE"), many):
+            patched.setattr(runs, name, value)
+        same(path)
+
+
+def test_runs_go_on_behind_odd_samples(tmp_path: Path) -> None:
+    path = tmp_path / "odd.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(400):
+            odd(tar, ODDITIES[number // 100] if number % 100 == 50 else "", number, usual("arrays", number))
+    same(path)
+    assert in_runs(path) > 370
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sample=st.integers(3, 18), member=st.integers(0, 2), byte=st.integers(0, 511), value=st.integers(0, 255))
+def test_a_changed_header_in_a_run_never_passes(
+    tmp_path: Path, sample: int, member: int, byte: int, value: int
+) -> None:
+    members = [(f"s{i}.{e}", c) for i in range(20) for e, c in usual("arrays", i).items()]
+    path = write_tar(tmp_path / "changed.tar", members)
+    assert in_runs(path) == 18
+    place = header_before(path, 3 * sample + member)
+    if path.read_bytes()[place + byte] == value or 148 <= byte < 156:
+        return
+    patch(path, place + byte, bytes([value]))
+    broken = same(path).broken
+    assert broken is not None
+    assert broken.offset == place

@@ -1,6 +1,6 @@
 """The samples of one tar: members grouped by key as webdataset does it, and what is wrong with them.
 
-Letters: N samples of the tar.
+Letters: N samples of the tar, S of a run of it, M members of each.
 """
 
 import io
@@ -144,8 +144,7 @@ class _Members:
     def walk(self) -> None:
         reader, keep, known, whole = self._reader, self._found.task.keep, self._known, self._whole
         keys, offsets, sizes, codes, digests = self._keys, self._offsets, self._sizes, self._codes, self._digests
-        heads, ignored = self._heads, self._found.ignored
-        payload: set[str] = set()
+        heads, ignored, payload = self._heads, self._found.ignored, set[str]()
         for entry in self._entries():
             if isinstance(entry, Run):
                 self._add(entry)
@@ -189,29 +188,27 @@ class _Members:
     def _add(self, run: Run) -> None:
         self._close_part()
         count, width = run.offsets_SM.shape
-        keys = np.repeat(np.array(run.keys, object), width)
+        keys, no_digests = np.repeat(np.array(run.keys, object), width), np.zeros(count * width, np.uint64)
         codes = np.tile([self._known[extension] for extension in run.extensions], count)
-        offsets, sizes = run.offsets_SM.ravel(), run.sizes_SM.ravel()
-        self._parts.append((keys, offsets, sizes, codes, np.zeros(len(keys), np.uint64)))
+        self._parts.append((keys, run.offsets_SM.ravel(), run.sizes_SM.ravel(), codes, no_digests))
         images = []
         for m, extension in enumerate(run.extensions):
             if not is_payload(extension):
                 self._found.ignored[extension] += count
             elif not extension.endswith("npy"):
                 seen = self._counts[extension]
-                powers = [1 << bit for bit in range(64) if seen < 1 << bit <= seen + count]
-                images += [(number - seen - 1, m, number - 1) for number in powers]
+                images += [((1 << bit) - seen - 1, m, seen) for bit in range(64) if seen < 1 << bit <= seen + count]
                 self._counts[extension] += count
-        for sample, m, before in sorted(images):
-            extension, seen = run.extensions[m], self._counts[run.extensions[m]]
-            self._counts[extension] = before
-            self._inspect(run.keys[sample], extension, int(run.offsets_SM[sample, m]), int(run.sizes_SM[sample, m]))
-            self._counts[extension] = seen
+        for s, m, seen in sorted(images):  # those that the careful walk would have looked into, in its order
+            extension = run.extensions[m]
+            self._counts[extension] = seen + s
+            self._inspect(run.keys[s], extension, int(run.offsets_SM[s, m]), int(run.sizes_SM[s, m]))
+            self._counts[extension] = seen + count
 
     def _close_part(self) -> None:
-        lists = self._keys, self._offsets, self._sizes, self._codes, self._digests
-        dtypes = object, np.int64, np.int64, np.int64, np.uint64
         if self._keys:
+            lists = self._keys, self._offsets, self._sizes, self._codes, self._digests
+            dtypes = object, np.int64, np.int64, np.int64, np.uint64
             self._parts.append(tuple(np.array(values, dtype) for values, dtype in zip(lists, dtypes)))
             for values in lists:
                 values.clear()
@@ -237,10 +234,10 @@ class _Members:
 
     def group(self) -> None:
         """Adjoining members of one key are a sample."""
-        found = self._found
         self._close_part()
         if not self._parts:
             return
+        found = self._found
         keys, offsets, sizes, codes, digests = (np.concatenate(part) for part in zip(*self._parts))
         first = np.concatenate([[True], keys[1:] != keys[:-1]])
         sample_M = np.cumsum(first) - 1
