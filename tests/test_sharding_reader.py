@@ -116,7 +116,6 @@ def test_rows_are_asked_for_together_once_reading_has_been_slow(
     target = Target([np.zeros(shape, dtype) for shape, dtype in reader.buffers(8)])
     rows = np.arange(8, dtype=np.int32)
 
-
     def reads(cold: float, warm: float) -> int:
         """Announced rows of one batch where these are the limits."""
         monkeypatch.setattr("sharding.reader._COLD", cold)
