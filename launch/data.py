@@ -1,6 +1,5 @@
 """The shards of a configuration: where they are, what is read of them, and by whom."""
 
-import getpass
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -150,6 +149,8 @@ def _located(config: Config) -> tuple[Manifest, ShardFiles]:
 
 
 def _cache_root(config: Config) -> Path:
-    """``data.cache``; by default in the system's temporary folder, where a node has its fast disk."""
-    named = config.data.cache or os.path.join(tempfile.gettempdir(), f"adagc-cache-{getpass.getuser()}")
+    """``data.cache``; by default in the system's temporary folder, where a node has its fast disk. A user's own, by
+    number: containers have users without a name.
+    """
+    named = config.data.cache or os.path.join(tempfile.gettempdir(), f"adagc-cache-{os.getuid()}")
     return Path(os.path.expandvars(named)).expanduser()
