@@ -5,6 +5,7 @@ alone.
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,13 +79,19 @@ class RunTracker:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Replace ``path`` at once: a reader sees the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as stream:
-        json.dump(record, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    """Replace ``path`` at once: a reader sees the old file or the new one. Several processes may write it: each has a
+    partial file of its own, and the last one wins.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("x") as stream:
+            json.dump(record, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_status(run: Path) -> dict[str, Any]:

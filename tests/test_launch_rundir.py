@@ -1,6 +1,7 @@
 """Who may train in a folder."""
 
 import fcntl
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,14 @@ def test_a_run_without_ranks_is_not_running(tmp_path: Path, before: str, after: 
     mark_failed(tmp_path)
     assert read_status(tmp_path)["state"] == after
     assert read_status(tmp_path)["step"] == 7
+
+
+def test_a_status_may_be_written_by_many_at_once(tmp_path: Path) -> None:
+    def write(rank: int) -> None:
+        for step in range(10):
+            write_json(tmp_path / "status.json", {"state": "failed", "rank": rank, "step": step})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert read_status(tmp_path)["step"] == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
