@@ -1,17 +1,22 @@
-"""Arguments that the commands of this package share."""
+"""What the commands of this package share: arguments, and errors told in one message."""
 
 import argparse
 import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
-__all__ = ["add_workers", "make_parser", "positive"]
+__all__ = ["add_workers", "guarded", "make_parser", "positive", "target"]
 
 
 def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser whose texts keep their lines."""
     raw = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, formatter_class=raw)
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
+    """``--workers N``: by default the cores that this process may use."""
     cores = len(os.sched_getaffinity(0))
     processes = "processes; 0 works in this one (default: the cores at hand, here %(default)s)"
     parser.add_argument("--workers", type=_count, default=cores, metavar="N", help=processes)
@@ -22,7 +27,17 @@ def _count(text: str) -> int:
 
 
 def positive(text: str) -> int:
+    """A type of arguments: a whole number of at least 1."""
     return _whole(text, least=1)
+
+
+def target(text: str) -> Path:
+    """A type of arguments: a folder to be written into, that is there or can be made."""
+    folder = Path(text)
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is no folder: give a new or another one")
+    return folder
 
 
 def _whole(text: str, *, least: int) -> int:
@@ -33,3 +48,28 @@ def _whole(text: str, *, least: int) -> int:
     if number < least:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
     return number
+
+
+def guarded(command: str, action: Callable[[], int], *, interrupted: str) -> int:
+    """Run ``action`` and return its exit code; what a user can put right is one message and 1, the rest a traceback.
+
+    Args:
+        command: begins the message.
+        action: what the command does.
+        interrupted: what Ctrl-C leaves behind.
+    """
+    try:
+        return action()
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{command}: {_told(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{command}: interrupted; {interrupted}", file=sys.stderr)
+        return 130  # as shells have it
+
+
+def _told(error: Exception) -> str:
+    """File first, and no number, where the operating system's own words are all there is."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

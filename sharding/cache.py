@@ -122,7 +122,7 @@ class ShardCache:
         return f"{self.origin.rstrip('/')}/{quote(shard) if self.origin.startswith('http') else shard}"
 
     @property
-    def _remote(self) -> "Remote":
+    def _remote(self) -> Remote:
         return Remote(self.attempts, self.first_wait, self.timeout, self.block_bytes)
 
     # names
@@ -211,9 +211,8 @@ class ShardCache:
                 f"{self.name(shard.name)} has {shard.bytes} bytes, the cache {self.folder} is limited to "
                 f"{self.limit_bytes}: raise the limit to several shards"
             )
-        self._local(shard.name).unlink(
-            missing_ok=True
-        )  # another version: it takes the room, and cannot be evicted by us
+        # another version: it takes the room, and cannot be evicted by us
+        self._local(shard.name).unlink(missing_ok=True)
         spare = 0
         while True:
             temporary = self._partial(shard.name)

@@ -6,13 +6,11 @@ inside, so that ``--help`` answers at once.
 
 import argparse
 import os
-import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sharding.arguments import add_workers, make_parser, positive
+from sharding.arguments import add_workers, guarded, make_parser, positive, target
 
 if TYPE_CHECKING:
     from sharding.tars.indexing import Indexed
@@ -45,6 +43,7 @@ example:
 Exit code: 0 all right, 1 faults, 2 wrong usage."""
 
 _PRINTED = 100  # faults
+_INTERRUPTED = "nothing was written"
 
 
 def index(argv: list[str]) -> int:
@@ -55,7 +54,7 @@ def index(argv: list[str]) -> int:
     option("tars", nargs="+", metavar="TARS", help=where)
     option("--labels", type=Path, required=True, metavar="FILE", help="CSV, TSV or parquet: keys and their classes")
     option("--split-file", type=Path, metavar="FILE", help="CSV or TSV: keys and their splits")
-    option("--out", type=Path, metavar="DIR", help="folder of the manifest (default: that of the tars, if local)")
+    option("--out", type=target, metavar="DIR", help="folder of the manifest (default: that of the tars, if local)")
     bands = "band names of a member, e.g. npy=B02,B03; may be repeated (default: reBEN's, R,G,B of images, npy_0 ...)"
     option("--bands", type=_bands, action="append", default=[], metavar="MEMBER=NAMES", help=bands)
     option("--name", metavar="NAME", help="of the dataset (default: that of the tars' folder)")
@@ -69,7 +68,7 @@ def index(argv: list[str]) -> int:
     asked = parser.parse_args(argv)
     if asked.out is None and any("://" in location for location in asked.tars):
         parser.error("--out is needed where the tars are at a URL")
-    return _guarded("adagc index", lambda: _index(asked))
+    return guarded("adagc index", lambda: _index(asked), interrupted=_INTERRUPTED)
 
 
 def verify(argv: list[str]) -> int:
@@ -81,7 +80,9 @@ def verify(argv: list[str]) -> int:
     option("--report", type=Path, metavar="FILE", help=f"all faults as JSON (the first {_PRINTED} are printed)")
     add_workers(parser)
     asked = parser.parse_args(argv)
-    return _guarded("adagc verify", lambda: _verify(asked))
+    if asked.report is not None and (asked.report.is_dir() or not asked.report.parent.is_dir()):
+        parser.error(f"--report {asked.report}: give a file in a folder that exists")
+    return guarded("adagc verify", lambda: _verify(asked), interrupted=_INTERRUPTED)
 
 
 def _bands(text: str) -> tuple[str, tuple[str, ...]]:
@@ -90,18 +91,6 @@ def _bands(text: str) -> tuple[str, tuple[str, ...]]:
     if not member or not equals or not all(bands) or len(set(bands)) < len(bands):
         raise argparse.ArgumentTypeError(f"{text!r} is not MEMBER=NAME,NAME,... with each name once, e.g. npy=B02,B03")
     return member, bands
-
-
-def _guarded(command: str, action: Callable[[], int]) -> int:
-    """Run it; what a user can put right is one message, anything else a traceback."""
-    try:
-        return action()
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"{command}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\n{command}: interrupted; nothing was written", file=sys.stderr)
-        return 130  # as shells have it
 
 
 def _index(asked: argparse.Namespace) -> int:

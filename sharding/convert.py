@@ -5,17 +5,16 @@ happen inside, so that ``--help`` answers at once and a machine without rasterio
 """
 
 import argparse
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sharding.arguments import add_workers, make_parser, positive
+from sharding.arguments import add_workers, guarded, make_parser, positive, target
 from sharding.convert_formats import FORMATS
 
 if TYPE_CHECKING:
     from sharding.manifest import Manifest
-    from sharding.writer import Outcome
+    from sharding.sources.protocol import PatchSource
+    from sharding.writer import Outcome, Staging
 
 __all__ = ["shard", "synth"]
 
@@ -49,47 +48,45 @@ example:
 The 480,038 recommended patches of reBEN become 79 GB of shards. OUT/report.json counts patches without a map and with
 labels other than their map's, and lists skipped ones."""
 
+_INTERRUPTED = "what was finished is kept, the same command goes on"
+
 
 def synth(argv: list[str]) -> int:
     """``adagc synth``: write a synthetic reBEN tree. Returns the exit code."""
     parser = make_parser("adagc synth", _SYNTH, _SYNTH_EXAMPLE)
     option = parser.add_argument
-    option("--out", type=Path, required=True, metavar="TREE", help="folder to write: new, empty or unfinished")
+    option("--out", type=target, required=True, metavar="TREE", help="folder to write: new, empty or unfinished")
     option("--patches", type=positive, required=True, metavar="N", help="number of patches, about 0.2 MB each")
     option("--seed", type=int, default=0, metavar="S", help="another seed is another tree (default: %(default)s)")
     shares = "shares of the train, validation and test splits (default: 0.6,0.2,0.2)"
     option("--shares", type=_shares, default=(0.6, 0.2, 0.2), metavar="T,V,E", help=shares)
     add_workers(parser)
     asked = parser.parse_args(argv)
-    return _guarded("adagc synth", lambda: _synth(asked))
+    return guarded("adagc synth", lambda: _synth(asked), interrupted=_INTERRUPTED)
 
 
 def shard(argv: list[str]) -> int:
     """``adagc shard FORMAT``: convert a dataset to shards. Returns the exit code."""
     parser = make_parser("adagc shard", _SHARD, _REBEN_EXAMPLE)
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    _add_reben(
-        formats.add_parser(
-            "reben",
-            help="reBEN (BigEarthNet v2.0), Sentinel-2; `adagc shard reben --help` tells more",
-            description=_REBEN,
-            epilog=_REBEN_EXAMPLE,
+
+    def add(name: str, title: str, description: str, example: str) -> argparse.ArgumentParser:
+        return formats.add_parser(
+            name,
+            help=f"{title}; `adagc shard {name} --help` tells more",
+            description=description,
+            epilog=example,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-    )
+
+    _add_reben(add("reben", "reBEN (BigEarthNet v2.0), Sentinel-2", _REBEN, _REBEN_EXAMPLE))
     for other in FORMATS:
-        more = formats.add_parser(
-            other.name,
-            help=f"{other.title}; `adagc shard {other.name} --help` tells more",
-            description=other.description,
-            epilog=other.example,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        more = add(other.name, other.title, other.description, other.example)
         other.add_options(more)
         _add_packing(more, "patches in a tar (default: %(default)s)")
         more.set_defaults(source=other.source)
     asked = parser.parse_args(argv)
-    return _guarded("adagc shard", lambda: _shard_reben(asked) if asked.format == "reben" else _shard_other(asked))
+    return guarded("adagc shard", lambda: _shard(asked), interrupted=_INTERRUPTED)
 
 
 def _add_reben(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +104,7 @@ def _add_reben(parser: argparse.ArgumentParser) -> None:
 def _add_packing(parser: argparse.ArgumentParser, size: str) -> None:
     """What every format asks."""
     option = parser.add_argument
-    option("--out", type=Path, required=True, metavar="DIR", help="folder to write: new, empty or unfinished")
+    option("--out", type=target, required=True, metavar="DIR", help="folder to write: new, empty or unfinished")
     option("--samples-per-shard", type=positive, default=1000, metavar="N", help=size)
     option("--seed", type=int, default=0, metavar="S", help="of the packing order (default: %(default)s)")
     unusable = "a patch that cannot be used: stop, or skip it and list it at the end (default: %(default)s)"
@@ -126,71 +123,47 @@ def _shares(text: str) -> tuple[float, float, float]:
     return train, validation, test
 
 
-def _guarded(command: str, action: Callable[[], None]) -> int:
-    """Run it; what a user can put right is one message, anything else a traceback."""
-    from sharding.sources.protocol import PatchError
-
-    try:
-        action()
-    except PatchError as error:
-        print(
-            f"{command}: {error}\nUse --on-error skip to leave such patches out and have them listed.", file=sys.stderr
-        )
-        return 1
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"{command}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\n{command}: interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
-        return 130  # as shells have it
-    return 0
-
-
-def _synth(asked: argparse.Namespace) -> None:
+def _synth(asked: argparse.Namespace) -> int:
     from sharding.synthetic.tree import write_tree
 
     new = write_tree(asked.out, asked.patches, seed=asked.seed, shares=asked.shares, workers=asked.workers)
     state = f"{new} of {asked.patches} written now" if new else "was finished before, nothing to do"
     print(f"synthetic reBEN tree {asked.out}: {asked.patches} patches, seed {asked.seed} ({state})")
+    return 0
 
 
-def _shard_reben(asked: argparse.Namespace) -> None:
+def _shard(asked: argparse.Namespace) -> int:
+    from sharding.sources.protocol import PatchError
+    from sharding.writer import write_shards
+
+    source, staging = _reben_source(asked) if asked.format == "reben" else (asked.source(asked), None)
+    try:
+        outcome = write_shards(
+            source,
+            asked.out,
+            seed=asked.seed,
+            samples_per_shard=asked.samples_per_shard,
+            workers=asked.workers,
+            skip=asked.on_error == "skip",
+            staging=staging,
+        )
+    except PatchError as error:
+        raise ValueError(f"{error}\nUse --on-error skip to leave such patches out and have them listed.") from error
+    print(_summary(asked.out, outcome))
+    if asked.format == "reben":
+        print("\n".join(_beside_published(outcome.manifest)))
+    return 0
+
+
+def _reben_source(asked: argparse.Namespace) -> "tuple[PatchSource, Staging | None]":
     from sharding.sources.archives import RebenArchives
     from sharding.sources.geotiff import RebenTree
-    from sharding.writer import write_shards
 
-    source: RebenTree | RebenArchives
     if asked.archives is None:
-        source, staging = RebenTree(asked.root, include_snow_cloud=asked.include_snow_cloud), None
-    else:
-        source = staging = RebenArchives(
-            asked.archives, asked.out / ".partial" / "staged", include_snow_cloud=asked.include_snow_cloud
-        )
-    outcome = write_shards(
-        source,
-        asked.out,
-        seed=asked.seed,
-        samples_per_shard=asked.samples_per_shard,
-        workers=asked.workers,
-        skip=asked.on_error == "skip",
-        staging=staging,
-    )
-    print(_summary(asked.out, outcome))
-    print("\n".join(_beside_published(outcome.manifest)))
-
-
-def _shard_other(asked: argparse.Namespace) -> None:
-    from sharding.writer import write_shards
-
-    outcome = write_shards(
-        asked.source(asked),
-        asked.out,
-        seed=asked.seed,
-        samples_per_shard=asked.samples_per_shard,
-        workers=asked.workers,
-        skip=asked.on_error == "skip",
-    )
-    print(_summary(asked.out, outcome))
+        return RebenTree(asked.root, include_snow_cloud=asked.include_snow_cloud), None
+    scratch = asked.out / ".partial" / "staged"
+    source = RebenArchives(asked.archives, scratch, include_snow_cloud=asked.include_snow_cloud)
+    return source, source
 
 
 def _summary(out: Path, outcome: "Outcome") -> str:

@@ -21,7 +21,7 @@ from sharding.reader import PatchReader
 from sharding.ring import Ring
 from sharding.workers import Filler, Job, Report, StartMethod, WorkerPool
 
-__all__ = ["Batch", "BatchReader", "ShardLoader"]
+__all__ = ["Batch", "BatchReader", "ShardLoader", "note_skipped"]
 
 log = logging.getLogger(__name__)
 
@@ -160,11 +160,8 @@ class ShardLoader:
     def _batch(self, slot: Slot, buffer: int, report: Report) -> Batch:
         if report.error is not None:
             raise report.error
-        failed = np.zeros(len(slot.rows), dtype=np.bool_)
-        for place, message in report.failed:
-            failed[place] = True
-            log.warning("skipped: %s", message)
-        return Batch(slot, tuple(group[: len(slot.rows)] for group in self._groups[buffer]), failed)
+        groups = tuple(group[: len(slot.rows)] for group in self._groups[buffer])
+        return Batch(slot, groups, note_skipped(len(slot.rows), report.failed))
 
     def _note_transfer(self, buffer: int) -> None:
         """The consumer has asked for the next batch: its transfers of this one are in the device's queue."""
@@ -177,6 +174,15 @@ class ShardLoader:
         """Per buffer: the rows to be read, and the groups as tensors."""
         buffers = [self._ring.arrays(number) for number in range(self._ring.count)]
         return [rows for rows, *_ in buffers], [[torch.from_numpy(group) for group in rest] for _, *rest in buffers]
+
+
+def note_skipped(num_rows: int, failed: Iterable[tuple[int, str]]) -> NDArray[np.bool_]:
+    """``Batch.failed``, bool [B], from the (place, message) of each row that failed; the messages go to the log."""
+    failed_B = np.zeros(num_rows, dtype=np.bool_)
+    for place, message in failed:
+        failed_B[place] = True
+        log.warning("skipped: %s", message)
+    return failed_B
 
 
 def _lock_pages(ring: Ring) -> bool:

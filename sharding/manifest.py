@@ -3,8 +3,7 @@
 A shard folder is ordinary WebDataset tars plus two files::
 
     manifest.json       schema, classes, bands, members, shards with digests, statistics, seed
-    manifest.parquet    a line per row: split, row, key, shard, byte ranges, digests, labels, area shares, CRS and
-    origin
+    manifest.parquet    a line per row: split, row, key, shard, byte ranges, digests, labels, area shares, CRS, origin
 
 From here on a sample is its row: its number in its split, for life. Rows are numbered along the shards of the split, so
 shard k of a split holds the rows ``start_k .. start_k + rows_k - 1`` in the order of the tar.
@@ -150,6 +149,7 @@ class Manifest:
         return np.array([shard.rows for shard in self.shards if shard.split == split], dtype=np.int64)
 
     def num_rows(self, split: str) -> int:
+        """Over all shards of the split."""
         return int(self.rows_per_shard(split).sum())
 
     @cached_property
@@ -190,6 +190,7 @@ class LabelTable:
 
     @cached_property
     def key_hashes_N(self) -> NDArray[np.uint64]:
+        """What ``hashed_uniform`` and ``hashed_integers`` take for these rows."""
         return hash_keys(self.keys.to_pylist())
 
 
@@ -225,7 +226,12 @@ def file_digest(path: Path) -> str:
 def write_manifest(manifest: Manifest, table: pa.Table) -> Manifest:
     """Write both files under temporary names, then rename: the json last, so its presence means a finished folder.
 
-    Returns the manifest with ``table_digest`` set.
+    Args:
+        manifest: to be written into ``manifest.root``; its ``table_digest`` does not count.
+        table: all rows, in the columns of ``table_schema``.
+
+    Returns:
+        The manifest with ``table_digest`` set.
     """
     parquet = manifest.root / MANIFEST_PARQUET
     temporary = parquet.with_suffix(".parquet.partial")
@@ -290,6 +296,7 @@ def load_table(manifest: Manifest, split: str) -> LabelTable:
 
     Raises:
         ValueError: the split is unknown or empty, or the table is not the one the manifest was written with.
+        FileNotFoundError: there is no table beside the manifest.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: one of {', '.join(SPLITS)}")

@@ -103,6 +103,7 @@ class Partial:
         return shard if whole else None
 
     def save(self, shard: FinishedShard) -> None:
+        """Note that it is finished: after its tar has its final name. Raises OSError."""
         record = {name: value for name, value in vars(shard).items() if name != "table"}
         record["sums"] = [vars(sums) for sums in shard.sums]
         path = self.folder / f"{shard.name}.parquet"
@@ -121,6 +122,7 @@ class Partial:
         return total
 
     def remove(self) -> None:
+        """The manifest is written: nothing here is needed any more."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

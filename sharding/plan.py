@@ -58,6 +58,12 @@ class EpochPlan:
 
     Windows of the order are drawn when they are asked for, and two of them are kept: a resume in mid-epoch draws only
     what it reads, and memory is that of the windows, not of the split.
+
+    Attributes:
+        rows_per_shard: int64 [shards of the split], in row order.
+        window_shards: shards of a window; 0: all of the split.
+        num_steps: S.
+        accumulation: micro-batches of a rank in a step.
     """
 
     epoch: int
@@ -70,6 +76,7 @@ class EpochPlan:
 
     @cached_property
     def num_rows(self) -> int:
+        """N."""
         return int(self.rows_per_shard.sum())
 
     @property
@@ -113,7 +120,7 @@ class EpochPlan:
 
     def _rank_rows(self, rank: int, from_step: int, to_step: int) -> NDArray[np.int32]:
         """Those of some steps, without a loop over them."""
-        cuts = np.arange(from_step, to_step + 1, dtype=np.int64) * self.num_rows // self.num_steps
+        cuts = self._cuts(from_step, to_step)
         starts, sizes = cuts[:-1, None], np.diff(cuts)[:, None]
         pairs, slots = (sizes + 1) // 2, self.world_size * self.accumulation
         numbers = np.arange(self.accumulation) * self.world_size + rank
@@ -140,8 +147,11 @@ class EpochPlan:
     @cached_property
     def _pair_starts(self) -> NDArray[np.int64]:
         """int64 [S+1]: pairs of all earlier steps; a step of n rows has ceil(n/2)."""
-        cuts = np.arange(self.num_steps + 1, dtype=np.int64) * self.num_rows // self.num_steps
-        return np.concatenate([[0], np.cumsum((np.diff(cuts) + 1) // 2)])
+        return np.concatenate([[0], np.cumsum((np.diff(self._cuts(0, self.num_steps)) + 1) // 2)])
+
+    def _cuts(self, from_step: int, to_step: int) -> NDArray[np.int64]:
+        """``rows_before`` of each of these steps, the last one included."""
+        return np.arange(from_step, to_step + 1, dtype=np.int64) * self.num_rows // self.num_steps
 
     @cached_property
     def _windows(self) -> list[NDArray[np.int64]]:
@@ -220,8 +230,12 @@ def plan_epoch(
     """The plan of one training epoch.
 
     Args:
-        rows_per_shard: rows in each shard of the split, in row order.
+        rows_per_shard: int64, rows in each shard of the split, in row order.
         epoch: number of the epoch, from 0.
+        seed: of the order, together with the epoch.
+        global_batch: rows of a step over all ranks and micro-batches, at the most.
+        world_size: ranks.
+        accumulation: micro-batches of a rank in a step.
         window_shards: rows are permuted within windows of this many shuffled shards; 0 is one window over the whole
             split.
 

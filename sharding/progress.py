@@ -17,6 +17,7 @@ class Progress:
         name: what is being made.
         total: when it is done.
         unit: what is counted.
+        stream: where to tell it; standard error by default.
         seconds: between two lines where the stream is no terminal.
     """
 
@@ -58,6 +59,7 @@ class Progress:
             self._bar.refresh()
 
     def at(self, done: int) -> None:
+        """So many units are there: never less than before, never more than the total."""
         done = min(done, self._total)
         if done <= self._done:
             return

@@ -338,7 +338,7 @@ class _Work:
             found = bytes(header[:_NAME]).split(b"\0")[0].decode(errors="replace")
             raise self._error(
                 place,
-                self._first[place],
+                int(self._reader.table.offsets_NM[self._rows[place], member]) - _TAR_HEADER,
                 f"there is {found!r} instead. The shard was replaced, exchanged with another, or is damaged: "
                 "`adagc verify` tells which",
             )
@@ -366,7 +366,7 @@ class _Work:
         return ReadError(f"{self._keys[place]} in {self._reader.files.name(shard)} at offset {offset}: {reason}")
 
 
-def _lay_out(places: tuple[int, ...], members: Sequence[Member], groups: Sequence[BandGroup]) -> _Layout:
+def _lay_out(places: Sequence[int], members: Sequence[Member], groups: Sequence[BandGroup]) -> _Layout:
     """The order of reading for rows whose members begin at ``places``."""
     raw = [number for number, group in enumerate(groups) if not members[group.member].encoded]
     encoded = tuple(number for number in range(len(groups)) if number not in raw)

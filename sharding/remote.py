@@ -32,6 +32,7 @@ class FetchError(OSError):
 
 
 def is_url(location: str) -> bool:
+    """Whether it is to be fetched: anything with a protocol, file:// too."""
     return "://" in location
 
 
@@ -50,11 +51,11 @@ class Remote:
 
     def whole(self, url: str) -> bytes:
         """All of a small file."""
-        return _run(partial(self._whole, url))
+        return _run(partial(self._ask, url, _cat))
 
     def size(self, url: str) -> int:
         """Bytes of a file, as the server tells."""
-        return _run(partial(self._size, url))
+        return _run(partial(self._ask, url, _size))
 
     async def _copy(self, url: str, size: int, stream: BinaryIO) -> str:
         digest = xxhash.xxh3_128()
@@ -87,13 +88,10 @@ class Remote:
                 future.cancel()
             await asyncio.gather(*under_way, return_exceptions=True)
 
-    async def _whole(self, url: str) -> bytes:
+    async def _ask(self, url: str, get: Callable[[Any, str], Coroutine[Any, Any, T]]) -> T:
+        """What one request tells: ``get`` of a file system and the URL."""
         async with _opened(url) as system:
-            return await self._retried(url, partial(_cat, system, url))
-
-    async def _size(self, url: str) -> int:
-        async with _opened(url) as system:
-            return await self._retried(url, partial(_size, system, url))
+            return await self._retried(url, partial(get, system, url))
 
     async def _retried(self, url: str, get: Callable[[], Coroutine[Any, Any, T]]) -> T:
         began = time.monotonic()

@@ -35,6 +35,7 @@ class Ring:
 
     @property
     def nbytes(self) -> int:
+        """Of all buffers."""
         return int(self._starts[-1]) * self.count
 
     @property

@@ -7,7 +7,6 @@ library drops without a word (it takes a damaged tar header for the end of the a
 did not come is an error, or skipped, as with the indexed reader.
 """
 
-import logging
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -22,15 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from sharding.images import decode_image
-from sharding.loader import Batch
+from sharding.loader import Batch, note_skipped
 from sharding.manifest import LabelTable, Manifest, Shard
 from sharding.plan import Slot
 from sharding.reader import BandGroup, ReadError
 from sharding.workers import cover_failed
 
 __all__ = ["StreamLoader", "Streams"]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,13 +82,9 @@ class StreamLoader:
             multiprocessing_context="fork" if self.workers else None,
         )
         for slot, groups, failures in loader:
-            failed = np.zeros(len(slot.rows), dtype=np.bool_)
-            for place, message in failures:
-                if self.on_error == "stop":
-                    raise ReadError(message)
-                failed[place] = True
-                log.warning("skipped: %s", message)
-            yield Batch(slot, groups, failed)
+            if failures and self.on_error == "stop":
+                raise ReadError(failures[0][1])
+            yield Batch(slot, groups, note_skipped(len(slot.rows), failures))
 
 
 _Filled = tuple[Slot, tuple[Tensor, ...], list[tuple[int, str]]]

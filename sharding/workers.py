@@ -52,10 +52,15 @@ class Report:
 
 
 class Filler:
-    """Does jobs in this process. Of a buffer's arrays the first holds the rows, int32; the others are the groups'."""
+    """Does jobs in this process. Of a buffer's arrays the first holds the rows, int32; the others are the groups'.
 
-    def __init__(self, reader: PatchReader, ring: Ring, *, skip: bool, stages: bool = True) -> None:
-        self._reader, self._ring, self._skip, self._stages = reader, ring, skip, stages
+    Attributes:
+        stages: whether it tells the reader which shards are needed soon.
+    """
+
+    def __init__(self, reader: PatchReader, ring: Ring, *, skip: bool) -> None:
+        self._reader, self._ring, self._skip = reader, ring, skip
+        self.stages = True
         self._buffers: dict[int, tuple[NDArray[np.int32], Target]] = {}
         self._staged: tuple[int, ...] = ()
 
@@ -64,7 +69,7 @@ class Filler:
 
     def fill(self, job: Job) -> Report:
         """Read the job's rows; failed ones become copies of others, so that they stand out in no statistic."""
-        if self._stages and job.staged != self._staged:
+        if self.stages and job.staged != self._staged:
             self._staged = job.staged
             self._reader.stage(job.staged)
         rows, target = self._buffer(job.buffer)
@@ -149,7 +154,7 @@ def _work(filler: Filler, pipe: Connection, others: Sequence[Connection], stages
         signal.signal(number, signal.SIG_IGN)
     for other in others:
         other.close()
-    filler._stages = stages  # one fetches ahead for all of a rank; a shard that is wanted now, anyone
+    filler.stages = stages  # one fetches ahead for all of a rank; a shard that is wanted now, anyone
     try:
         while True:
             job = pipe.recv()

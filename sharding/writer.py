@@ -25,7 +25,7 @@ from sharding.manifest import (
     Shard,
     Statistics,
     load_manifest,
-    write_manifest,  # fmt: skip
+    write_manifest,
 )
 from sharding.partial import FinishedShard, Partial, compare_settings, replace_durably, sync
 from sharding.pool import run_tasks

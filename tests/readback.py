@@ -1,4 +1,4 @@
-"""What a shard folder holds, read in the two ways in which others read it."""
+"""What a folder of shards and a tar hold: bytes, and samples in the two ways in which others read them."""
 
 import gc
 import json
@@ -8,9 +8,22 @@ from typing import Any
 
 import webdataset
 
-from sharding.manifest import SPLITS, load_manifest, load_table
+from sharding.manifest import SPLITS, file_digest, load_manifest, load_table
+from sharding.tars.read import HopReader
+from sharding.tars.structure import walk_tar
 
-__all__ = ["members_by_ranges", "members_by_webdataset"]
+__all__ = ["digests", "members_by_ranges", "members_by_webdataset", "members_of_tar"]
+
+
+def digests(root: Path) -> dict[str, str]:
+    """Of all files below ``root``, by their names below it."""
+    return {str(path.relative_to(root)): file_digest(path) for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def members_of_tar(path: Path) -> list[tuple[str, int, int]]:
+    """(name, offset, size) of each regular file. Raises TarFault."""
+    with HopReader(path) as reader:
+        return list(walk_tar(reader, str(path)))
 
 
 def members_by_webdataset(root: Path) -> dict[str, tuple[bytes, dict[str, Any]]]:

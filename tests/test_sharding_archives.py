@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 
 from sharding import reben
 from sharding.convert import shard
-from sharding.manifest import file_digest
 from sharding.pool import run_tasks
 from sharding.shardfile import ShardTask
 from sharding.sources import archives, staging
@@ -37,6 +36,7 @@ from sharding.sources.protocol import PatchError
 from sharding.sources.tarstream import ArchiveError, find_archive
 from sharding.synthetic.tree import write_tree
 from sharding.writer import Outcome, write_shards
+from tests.readback import digests
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 BANDS, MAPS = "BigEarthNet-S2.tar.zst", "Reference_Maps.tar.zst"
@@ -75,10 +75,6 @@ def pack(tree: Path, folder: Path, **how: Any) -> Path:
         if (tree / top).is_dir():
             (folder / name).write_bytes(zst(tar_of(tree, top, **how)))
     return folder
-
-
-def digests(root: Path) -> dict[str, str]:
-    return {str(path.relative_to(root)): file_digest(path) for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def source_of(folder: Path, out: Path) -> RebenArchives:
@@ -509,6 +505,12 @@ class Interrupting:
             raise ZeroDivisionError
 
 
+def interrupt_after_two_shards(folder: Path, out: Path) -> None:
+    source = source_of(folder, out)
+    with pytest.raises(ZeroDivisionError):
+        write_shards(source, out, samples_per_shard=5, workers=0, staging=Interrupting(source, at=2))
+
+
 def test_scratch_space_is_given_back(packed: Path, expected: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     source = source_of(packed, out)
@@ -522,9 +524,7 @@ def test_all_there_the_archives_may_go(
     expected: dict[str, str], download: Path, tmp_path: Path, decoded: list[str]
 ) -> None:
     out = tmp_path / "out"
-    source = source_of(download, out)
-    with pytest.raises(ZeroDivisionError):
-        write_shards(source, out, samples_per_shard=5, workers=0, staging=Interrupting(source, at=2))
+    interrupt_after_two_shards(download, out)
     decoded.clear()
     (download / BANDS).unlink()
     (download / MAPS).unlink()
@@ -537,9 +537,7 @@ def test_lost_scratch_and_lost_shards_are_staged_again(
     expected: dict[str, str], packed: Path, tmp_path: Path, decoded: list[str]
 ) -> None:
     out = tmp_path / "out"
-    source = source_of(packed, out)
-    with pytest.raises(ZeroDivisionError):
-        write_shards(source, out, samples_per_shard=5, workers=0, staging=Interrupting(source, at=2))
+    interrupt_after_two_shards(packed, out)
     decoded.clear()
     min(out.glob("*.tar")).unlink()
     min((out / ".partial" / "staged").glob("*.raw")).unlink()

@@ -15,10 +15,10 @@ import pytest
 
 from sharding import reben
 from sharding.convert import shard, synth
-from sharding.manifest import file_digest
 from sharding.sources.geotiff import RebenTree
 from sharding.synthetic.tree import write_tree
 from sharding.writer import write_shards
+from tests.readback import digests
 
 COMMAND = "import sys; from sharding.convert import shard; sys.exit(shard(sys.argv[1:]))"
 
@@ -35,10 +35,6 @@ def tree(tmp_path: Path) -> Path:
     """A small tree that a test may break."""
     write_tree(tmp_path / "tree", 9, seed=8, workers=0)
     return tmp_path / "tree"
-
-
-def digests(root: Path) -> dict[str, str]:
-    return {str(path.relative_to(root)): file_digest(path) for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def reben_command(tree: Path, out: Path, *more: str) -> list[str]:
@@ -158,6 +154,8 @@ def test_bad_input_is_one_message(
         (["--out", "x", "--patches", "2", "--workers", "-1"], "'-1' is no whole number of at least 0"),
         (["--out", "x", "--patches", "2", "--shares", "1,1,1"], "is not three shares that add up to 1"),
         (["--out", "x", "--patches", "2", "--shares", "a,b"], "is not three shares that add up to 1"),
+        (["--out", __file__, "--patches", "2"], "test_sharding_convert.py is no folder: give a new or another one"),
+        (["--out", f"{__file__}/x", "--patches", "2"], "test_sharding_convert.py is no folder"),
     ],
 )
 def test_wrong_usage(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

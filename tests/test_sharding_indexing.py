@@ -181,9 +181,15 @@ def test_http_that_fails(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert "train-1.tar: " in printed
         assert "the last of 3 attempts" in printed
         assert index([f"{server.url}/tars/none.tar", *tail]) == 1
-        assert "none.tar" in capsys.readouterr().err
+        assert "none.tar is not there, or out of reach: 404" in capsys.readouterr().err
         server.faults = Faults(status=503, times=2)
         assert index([f"{server.url}/tars/train-{{0..1}}.tar", *tail]) == 0
+
+
+def test_missing_labels_file(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "none.csv"
+    assert index([str(tars), "--labels", str(missing), "--out", str(tmp_path / "out"), "--workers", "0"]) == 1
+    assert capsys.readouterr().err == f"adagc index: {missing}: No such file or directory\n"
 
 
 def test_existing_manifest_is_kept(tars: Path, capsys: pytest.CaptureFixture[str]) -> None:

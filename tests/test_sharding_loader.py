@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from sharding.manifest import load_manifest
 from sharding.plan import plan_epoch
 from sharding.reader import ReadError
 from sharding.ring import Ring
-from tests.test_sharding_reader import flip_a_pixel, remove, slot_of, truncate
-from tests.tiny import make_reader, read_batch
+from tests.damages import copy_with, flip_a_pixel, remove, truncate
+from tests.tiny import make_reader, read_batch, slot_of
 
 
 def make_loader(shards: Path, workers: int, **settings: object) -> ShardLoader:
@@ -99,12 +100,11 @@ def test_an_error_stops_with_its_own_sentence(tiny_shards: Path, tmp_path: Path,
 def test_a_row_that_cannot_be_read_is_skipped_in_its_place(
     tiny_shards: Path, tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copytree(tiny_shards, tmp_path / "copy")
-    flip_a_pixel(tmp_path / "copy", make_reader(tmp_path / "copy"))
+    folder = copy_with(flip_a_pixel, tiny_shards, tmp_path / "copy")
     whole = make_reader(tiny_shards)
     slots = [slot_of([3, 40, 7, 9], 0), slot_of([40], 1), slot_of([1, 2], 2)]
     with caplog.at_level(logging.WARNING):
-        batches = make_loader(tmp_path / "copy", workers, on_error="skip").read(slots)
+        batches = make_loader(folder, workers, on_error="skip").read(slots)
         found = [(batch.failed.tolist(), [group.clone() for group in batch.groups]) for batch in batches]
     assert [failed for failed, _ in found] == [[False, True, False, False], [True], [False, False]]
     mate = read_batch(whole, slot_of([3, 3, 7, 9]))  # the failed row has its mate's pixels
@@ -115,13 +115,11 @@ def test_a_row_that_cannot_be_read_is_skipped_in_its_place(
 
 
 def test_a_missing_shard_skips_all_of_its_rows_and_no_others(tiny_shards: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_shards, tmp_path / "copy")
-    reader = make_reader(tmp_path / "copy")
-    remove(tmp_path / "copy", reader)
-    loader = make_loader(tmp_path / "copy", 1, on_error="skip")
+    folder = copy_with(remove, tiny_shards, tmp_path / "copy")
+    loader = make_loader(folder, 1, on_error="skip")
     slots = [slot_of(range(start, min(start + 18, 90))) for start in range(0, 90, 18)]
     failed = np.concatenate([batch.failed for batch in loader.read(slots)])
-    np.testing.assert_array_equal(failed, reader.table.shard_N == 1)
+    np.testing.assert_array_equal(failed, make_reader(folder).table.shard_N == 1)
 
 
 def test_staging_hints_reach_the_files_once_for_each_change(tiny_shards: Path) -> None:
@@ -162,8 +160,8 @@ def test_a_ring_holds_its_arrays_apart_and_leaves_no_file(tmp_path: Path) -> Non
 def test_buffers_outlive_a_loader_whose_batch_is_still_held(tiny_shards: Path) -> None:
     """A view of memory that is gone would be a crash, not an error: tried in a process of its own."""
     program = (
-        "import sys; from pathlib import Path; from tests.test_sharding_loader import make_loader, slot_of\n"
-        "import gc\n"
+        "import sys; from pathlib import Path; import gc\n"
+        "from tests.test_sharding_loader import make_loader; from tests.tiny import slot_of\n"
         "loader = make_loader(Path(sys.argv[1]), 1); batches = loader.read([slot_of([1, 2])]); batch = next(batches)\n"
         "before = batch.groups[0].numpy().tobytes(); del loader, batches; gc.collect()\n"
         "assert batch.groups[0].numpy().tobytes() == before; print('held')"
@@ -171,3 +169,17 @@ def test_buffers_outlive_a_loader_whose_batch_is_still_held(tiny_shards: Path) -
     command = [sys.executable, "-c", program, str(tiny_shards)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "held\n"), done.stderr
+
+
+def test_a_loader_ends_at_once_though_another_is_at_work(tiny_shards: Path) -> None:
+    """A run has one for training and one for validation, and should not wait for their workers when it is over, or has
+    failed.
+    """
+    loaders = [
+        ShardLoader(make_reader(tiny_shards, split=split), max_rows=2, workers=1) for split in ("train", "validation")
+    ]
+    for loader in loaders:
+        list(loader.read([slot_of([0, 1])]))
+    start = time.monotonic()
+    del loader, loaders[0]
+    assert time.monotonic() - start < 3

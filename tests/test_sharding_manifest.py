@@ -22,6 +22,7 @@ from sharding.manifest import (
 )
 from sharding.reben import BANDS, CLASSES
 from sharding.rng import hash_keys
+from tests.damages import edit_manifest
 from tests.tiny import TinySource, write_tiny
 
 
@@ -31,11 +32,6 @@ def copy(tiny_shards: Path, tmp_path: Path) -> Path:
     for name in (MANIFEST_JSON, MANIFEST_PARQUET):
         shutil.copy(tiny_shards / name, tmp_path / name)
     return tmp_path
-
-
-def edit(folder: Path, **changes: object) -> None:
-    path = folder / MANIFEST_JSON
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_what_the_manifest_says(tiny_shards: Path) -> None:
@@ -154,7 +150,7 @@ def test_a_manifest_without_one_of_its_parts(copy: Path, name: str) -> None:
 
 @pytest.mark.parametrize("schema", [0, 1, "1", None])
 def test_another_schema_is_refused(copy: Path, schema: object) -> None:
-    edit(copy, schema=schema)
+    edit_manifest(copy, schema=schema)
     with pytest.raises(ValueError, match=rf"has manifest schema {schema!r}, this version reads 2: shard again"):
         load_manifest(copy)
 

@@ -11,18 +11,16 @@ import pytest
 from numpy.typing import NDArray
 
 from sharding import reben
-from sharding.manifest import SPLITS, file_digest, load_manifest, load_table
+from sharding.manifest import SPLITS, load_manifest, load_table
 from sharding.partial import Partial
 from sharding.sample import Sample
-from sharding.sources.geotiff import PatchError, RebenTree
+from sharding.sources.geotiff import RebenTree
+from sharding.sources.protocol import PatchError
 from sharding.synthetic.tree import write_tree
 from sharding.writer import Outcome, write_shards
+from tests.readback import digests
 
 PATCHES = 40
-
-
-def digests(root: Path) -> dict[str, str]:
-    return {str(path.relative_to(root)): file_digest(path) for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def convert(tree: Path, out: Path, *, skip: bool = False, workers: int = 0) -> Outcome:

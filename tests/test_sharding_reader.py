@@ -4,9 +4,7 @@ import dataclasses
 import io
 import os
 import pickle
-import shutil
 import tarfile
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +17,23 @@ from sharding.files import LocalFiles
 from sharding.images import RGB
 from sharding.loader import Batch
 from sharding.manifest import LabelTable, Member, load_manifest
-from sharding.plan import Slot
 from sharding.reader import PatchReader, ReadError, Target, select_bands
 from sharding.reben import BANDS
 from sharding.sample import Sample
+from tests.damages import (
+    BAD,
+    Damage,
+    copy_with,
+    flip_a_pixel,
+    flip_in_the_last_member,
+    remove,
+    shard_of,
+    swap,
+    truncate,
+    zero_the_header,
+)
 from tests.ranks import run_ranks
-from tests.tiny import TinySource, make_reader, read_batch, write_tiny
-
-
-def slot_of(rows: Iterable[int], step: int = 0) -> Slot:
-    array = np.array(list(rows), dtype=np.int32)
-    return Slot(step, array, 0, len(array))
+from tests.tiny import TinySource, make_reader, read_batch, slot_of, write_tiny
 
 
 def written(table: LabelTable, row: int) -> dict[str, np.ndarray]:
@@ -143,58 +147,9 @@ def test_a_reader_that_has_files_open_can_be_sent_to_another_process(tiny_shards
     assert run_ranks(1, read_elsewhere, pickle.dumps(reader), [5, 70]) == [here]
 
 
-# Damage. Each case changes a copy of the shards; row 40 lies in train-000001.tar (rows 32 to 63).
+# Damage
 
-
-def first_byte(reader: PatchReader, row: int) -> int:
-    return int(reader.table.offsets_NM[row, 0])
-
-
-def shard_of(folder: Path, reader: PatchReader, row: int) -> Path:
-    return folder / reader.manifest.shards[int(reader.table.shard_N[row])].name
-
-
-def truncate(folder: Path, reader: PatchReader) -> None:
-    os.truncate(shard_of(folder, reader, 40), first_byte(reader, 40) + 128 + 1000)
-
-
-def remove(folder: Path, reader: PatchReader) -> None:
-    shard_of(folder, reader, 40).unlink()
-
-
-def overwrite(folder: Path, reader: PatchReader, offset: int, data: bytes) -> None:
-    with shard_of(folder, reader, 40).open("r+b") as stream:
-        stream.seek(first_byte(reader, 40) + offset)
-        stream.write(data)
-
-
-def flip_a_pixel(folder: Path, reader: PatchReader) -> None:
-    overwrite(folder, reader, 128 + 50_000, b"\xff")
-
-
-def flip_in_the_last_member(folder: Path, reader: PatchReader) -> None:
-    overwrite(folder, reader, int(reader.table.offsets_NM[40, 2]) - first_byte(reader, 40) + 128 + 799, b"\xff")
-
-
-def zero_the_header(folder: Path, reader: PatchReader) -> None:
-    overwrite(folder, reader, -512, bytes(512))
-
-
-def swap(folder: Path, reader: PatchReader) -> None:
-    a, b = folder / "train-000000.tar", folder / "train-000001.tar"
-    a.rename(folder / "aside")
-    b.rename(a)
-    (folder / "aside").rename(b)
-
-
-def replace_shard(folder: Path, reader: PatchReader) -> None:
-    """Another sharding's file of the same name, of nearly the same layout."""
-    other = TinySource(counts=(90, 40, 41))
-    write_tiny(folder / "other", other)
-    shutil.copy(folder / "other" / "train-000001.tar", folder / "train-000001.tar")
-
-
-DAMAGES: list[tuple[Callable[[Path, PatchReader], None], str]] = [
+DAMAGES: list[tuple[Damage, str]] = [
     (truncate, "ends early, .* of .* bytes are there. It is truncated .*copy or make it again"),
     (remove, "cannot be opened: No such file or directory. The manifest lists it: copy or make it again"),
     (flip_a_pixel, r"b10\.npy is not what was written there: the shard is damaged or was replaced"),
@@ -206,47 +161,36 @@ DAMAGES: list[tuple[Callable[[Path, PatchReader], None], str]] = [
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
 def test_damage_is_told_with_shard_key_and_offset(
-    tiny_shards: Path, tmp_path: Path, damage: Callable[[Path, PatchReader], None], message: str
+    tiny_shards: Path, tmp_path: Path, damage: Damage, message: str
 ) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(tiny_shards, folder)
+    folder = copy_with(damage, tiny_shards, tmp_path / "copy")
     reader = make_reader(folder)
-    damage(folder, reader)
     with pytest.raises(ReadError, match=message) as found:
-        read_batch(reader, slot_of([40]))
+        read_batch(reader, slot_of([BAD]))
     assert "train-000001.tar" in str(found.value)
     if damage is not remove:
-        assert f"{reader.table.keys[40].as_py()} in {folder / 'train-000001.tar'} at offset " in str(found.value)
+        assert f"{reader.table.keys[BAD].as_py()} in {folder / 'train-000001.tar'} at offset " in str(found.value)
 
 
 def test_a_swapped_shard_is_found_where_only_some_bands_are_read_and_nothing_is_digested(
     tiny_shards: Path, tmp_path: Path
 ) -> None:
     """The key in the tar header is checked in any case."""
-    folder = tmp_path / "copy"
-    shutil.copytree(tiny_shards, folder)
-    reader = make_reader(folder, ["B11"], check=False)
-    swap(folder, reader)
+    reader = make_reader(copy_with(swap, tiny_shards, tmp_path / "copy"), ["B11"], check=False)
     with pytest.raises(ReadError, match=r"there is 'tiny_\d+\.b20\.npy' instead"):
-        read_batch(reader, slot_of([40]))
+        read_batch(reader, slot_of([BAD]))
 
 
 def test_unchecked_digests_let_a_flipped_bit_pass(tiny_shards: Path, tmp_path: Path) -> None:
     """The price of data.check_digests=false, stated by a test."""
-    folder = tmp_path / "copy"
-    shutil.copytree(tiny_shards, folder)
-    reader = make_reader(folder, check=False)
-    flip_a_pixel(folder, reader)
-    read_batch(reader, slot_of([40]))
+    reader = make_reader(copy_with(flip_a_pixel, tiny_shards, tmp_path / "copy"), check=False)
+    read_batch(reader, slot_of([BAD]))
 
 
 def test_all_failures_of_a_slot_are_listed_when_asked(tiny_shards: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(tiny_shards, folder)
-    reader = make_reader(folder)
-    remove(folder, reader)
+    reader = make_reader(copy_with(remove, tiny_shards, tmp_path / "copy"))
     target = Target([np.zeros(shape, dtype) for shape, dtype in reader.buffers(4)])
-    rows = np.array([40, 3, 41, 80], dtype=np.int32)
+    rows = np.array([BAD, 3, 41, 80], dtype=np.int32)
     assert [place for place, _ in reader.read(rows, target, go_on=True)] == [0, 2]
     assert [place for place, _ in reader.read(rows, target)] == [0]
     np.testing.assert_array_equal(target.arrays[0][1], np.stack([written(reader.table, 3)[b] for b in BANDS[:4]]))
@@ -296,6 +240,30 @@ def test_a_damaged_jpeg_is_told(tmp_path: Path) -> None:
     unchecked = make_reader(tmp_path, RGB, check=False)
     with pytest.raises(ReadError, match=rf"{reader.table.keys[7].as_py()} in .* no image that can be decoded"):
         read_batch(unchecked, slot_of([7]))
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoImagesSource(JpegSource):
+    members: tuple[Member, ...] = (
+        *JpegSource.members,
+        Member("jpeg", ("X", "Y", "Z"), (3, 24, 24), "uint8", 0),
+    )
+
+    def read(self, key: str, labels_C: np.ndarray) -> Sample:
+        sample = super().read(key, labels_C)
+        return dataclasses.replace(sample, payload={**sample.payload, "jpeg": sample.payload["jpg"]})
+
+
+def test_a_wrong_header_is_told_with_its_own_offset(tmp_path: Path) -> None:
+    """Not with that of the row's first member."""
+    write_tiny(tmp_path, TwoImagesSource(counts=(20, 4, 4)))
+    reader = make_reader(tmp_path, [*RGB, "X", "Y", "Z"])
+    header = int(reader.table.offsets_NM[7].max()) - 512
+    with shard_of(tmp_path, reader, 7).open("r+b") as stream:
+        stream.seek(header)
+        stream.write(bytes(512))
+    with pytest.raises(ReadError, match=rf"at offset {header}: there is '' instead"):
+        read_batch(reader, slot_of([7]))
 
 
 @pytest.mark.parametrize("prefix", ["", "./", "some/folder/"])

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from rasterio.errors import NotGeoreferencedWarning
 
 from sharding import reben
-from sharding.sources.geotiff import PatchError, RebenTree
+from sharding.sources.geotiff import RebenTree
+from sharding.sources.protocol import PatchError
 from sharding.synthetic.tree import write_tree
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,9 @@ from sharding.plan import EpochPlan, plan_epoch
 from sharding.reader import ReadError, select_bands
 from sharding.reben import BANDS
 from sharding.streams import StreamLoader, Streams
+from tests.damages import copy_with, first_byte, flip_a_pixel, shard_of, zero_the_header
 from tests.http_server import ShardServer
-from tests.test_sharding_reader import first_byte, flip_a_pixel, shard_of, slot_of, zero_the_header
-from tests.tiny import make_reader, read_batch
+from tests.tiny import make_reader, read_batch, slot_of
 
 
 def make_streams(shards: Path, bands: tuple[str, ...] = BANDS, url: str = "", **settings: object) -> StreamLoader:
@@ -69,6 +68,7 @@ def test_a_url_is_read_as_one_stream(tiny_shards: Path) -> None:
     plan, reader = plan_of(tiny_shards, 1), make_reader(tiny_shards)
     with ShardServer(tiny_shards) as server:
         batches = list(make_streams(tiny_shards, url=server.url, workers=1).read(plan.slots(0)))
+    assert len(batches) == plan.num_steps
     assert all(equal(batch, read_batch(reader, slot)) for batch, slot in zip(batches, plan.slots(0)))
 
 
@@ -76,10 +76,7 @@ def test_a_damaged_header_that_webdataset_takes_for_the_end_is_found(
     tiny_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The library drops the rest of the shard in silence, even with its strict handler."""
-    folder = tmp_path / "copy"
-    shutil.copytree(tiny_shards, folder)
-    reader = make_reader(folder)
-    zero_the_header(folder, reader)  # of row 40, in rows 32 to 63
+    folder = copy_with(zero_the_header, tiny_shards, tmp_path / "copy")  # of row 40, in rows 32 to 63
     plan = plan_of(folder, 1)
     with pytest.raises(ReadError, match=r"tiny_\d+ in train-000001.tar: the stream ended before it"):
         list(make_streams(folder).read(plan.slots(0)))
@@ -90,10 +87,8 @@ def test_a_damaged_header_that_webdataset_takes_for_the_end_is_found(
 
 
 def test_damaged_bytes_and_a_truncated_stream_are_told(tiny_shards: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(tiny_shards, folder)
+    folder = copy_with(flip_a_pixel, tiny_shards, tmp_path / "copy")
     reader = make_reader(folder)
-    flip_a_pixel(folder, reader)
     with pytest.raises(ReadError, match=r"tiny_\d+ in train-000001.tar: b10.npy is not what was written there"):
         list(make_streams(folder).read([slot_of([40])]))
     os.truncate(shard_of(folder, reader, 40), first_byte(reader, 50) + 1000)

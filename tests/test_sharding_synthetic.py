@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,18 +18,14 @@ import pytest
 import rasterio
 
 from sharding import reben
-from sharding.manifest import file_digest
 from sharding.rng import derive_rng
 from sharding.synthetic.labelsets import draw_labels, rare_anchor
 from sharding.synthetic.patchplan import plan_patches
 from sharding.synthetic.scenes import make_scene
 from sharding.synthetic.tree import MARKER, write_tree
+from tests.readback import digests
 
 SHARES = (0.6, 0.2, 0.2)
-
-
-def digests(root: Path) -> dict[str, str]:
-    return {str(path.relative_to(root)): file_digest(path) for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +207,26 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
 def test_it_says_that_it_is_synthetic(tree: Path) -> None:
     assert "No pixel is real" in json.loads((tree / MARKER).read_text())["what"]
     assert all("_R000_" in str(row["patch_id"]) for row in rows_of(tree))
+
+
+@pytest.mark.parametrize("content", ['{"settings"', "{}", "[]"])
+def test_damaged_marker(tmp_path: Path, content: str) -> None:
+    (tmp_path / MARKER).write_text(content)
+    with pytest.raises(ValueError, match=r"SYNTHETIC\.json is damaged: give a new folder, or remove "):
+        write_tree(tmp_path, 1, workers=0)
+
+
+def test_half_a_map_of_a_killed_run(tmp_path: Path) -> None:
+    """GDAL, asked to write where a damaged TIFF lies, raises its own error: the run could never go on."""
+    write_tree(tmp_path / "whole", 1, seed=1, workers=0)
+    shutil.copytree(tmp_path / "whole", tmp_path / "tree")
+    (tmp_path / "tree" / reben.METADATA).unlink()
+    shutil.rmtree(tmp_path / "tree" / reben.BAND_FOLDER)
+    [path] = (tmp_path / "tree").rglob("*_reference_map.tif")
+    path.rename(path.with_name(f".{path.name}"))
+    path.with_name(f".{path.name}").write_bytes(b"II*\0\x08\0\0\0")
+    assert write_tree(tmp_path / "tree", 1, seed=1, workers=0) == 1
+    assert digests(tmp_path / "tree") == digests(tmp_path / "whole")
 
 
 def test_killed_and_started_again(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from sharding.tars import runs
 from sharding.tars.read import HopReader, LocalBlocks, StreamReader
 from sharding.tars.runs import Run, walk_runs
 from sharding.tars.samples import TarSamples, TarTask, read_tar
-from sharding.tars.structure import TarFault, TarIndex, index_tar, split_name, walk_tar
+from sharding.tars.structure import TarFault, key_and_extension, walk_tar
+from tests.readback import members_of_tar
 
 Members = list[tuple[str, bytes]]
 SAMPLES: Members = [(f"dir/s{i:02d}.{ext}", bytes([i]) * (300 * i + 7)) for i in range(20) for ext in ("npy", "json")]
@@ -43,19 +44,14 @@ def expected(path: Path) -> list[tuple[str, int, int]]:
         return [(m.name.removeprefix("./"), m.offset_data, m.size) for m in tar if m.isreg()]
 
 
-def found(index: TarIndex) -> list[tuple[str, int, int]]:
-    return list(zip(index.names, index.offsets.tolist(), index.sizes.tolist()))
-
-
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 def test_agrees_with_tarfile(tmp_path: Path, format: int) -> None:
     path = write_tar(tmp_path / "a.tar", SAMPLES, format)
-    index = index_tar(path)
-    assert found(index) == expected(path)
-    assert index.keys[:2] == ["dir/s00", "dir/s00"]
-    assert index.extensions[:2] == ["npy", "json"]
+    found = members_of_tar(path)
+    assert found == expected(path)
+    assert [key_and_extension(name) for name, _, _ in found[:2]] == [("dir/s00", "npy"), ("dir/s00", "json")]
     content = path.read_bytes()
-    for (_, data), offset, size in zip(SAMPLES, index.offsets, index.sizes):
+    for (_, data), (_, offset, size) in zip(SAMPLES, found, strict=True):
         assert content[offset : offset + size] == data
 
 
@@ -72,7 +68,7 @@ PATHS = st.lists(NAMES, min_size=1, max_size=3).map("/".join)
 )
 def test_any_members(tmp_path: Path, members: Members, format: int) -> None:
     path = write_tar(tmp_path / "any.tar", members, format)
-    assert found(index_tar(path)) == expected(path)
+    assert members_of_tar(path) == expected(path)
     with LocalBlocks(path) as blocks:
         assert list(walk_tar(StreamReader(blocks), "")) == expected(path)
 
@@ -81,15 +77,15 @@ def test_any_members(tmp_path: Path, members: Members, format: int) -> None:
 @given(position=st.integers(0, 20 * 2 * 2), byte=st.integers(0, 511), value=st.integers(0, 255))
 def test_a_changed_header_never_passes(tmp_path: Path, position: int, byte: int, value: int) -> None:
     path = write_tar(tmp_path / "changed.tar", SAMPLES)
-    offsets = index_tar(path).offsets
-    place = int(offsets[position % len(offsets)]) - 512 + byte
+    found = members_of_tar(path)
+    place = found[position % len(found)][1] - 512 + byte
     content = bytearray(path.read_bytes())
     if content[place] == value or 148 <= place % 512 < 156:  # blanks and zeros around the sum mean the same
         return
     content[place] = value
     path.write_bytes(content)
     with pytest.raises(TarFault):
-        index_tar(path)
+        members_of_tar(path)
 
 
 def test_webdataset(tmp_path: Path) -> None:
@@ -97,7 +93,7 @@ def test_webdataset(tmp_path: Path) -> None:
     with path.open("wb") as stream, webdataset.TarWriter(stream) as tar:
         for i in range(5):
             tar.write({"__key__": f"key{i}", "npy": np.full(3, i), "json": {"i": i}})
-    assert found(index_tar(path)) == expected(path)
+    assert members_of_tar(path) == expected(path)
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar command")
@@ -113,9 +109,9 @@ def test_system_tar(tmp_path: Path, format: str) -> None:
         (folder / ("x" * 150 + ".npy")).write_bytes(b"long")
     path = tmp_path / "s.tar"
     subprocess.run(["tar", f"--format={format}", "-C", tmp_path / "in", "-cf", path, "."], check=True)
-    index = index_tar(path)
-    assert found(index) == expected(path)
-    assert not any(name.startswith("./") for name in index.names)
+    found = members_of_tar(path)
+    assert found == expected(path)
+    assert not any(name.startswith("./") for name, _, _ in found)
 
 
 def test_base_256_size(tmp_path: Path) -> None:
@@ -126,7 +122,7 @@ def test_base_256_size(tmp_path: Path) -> None:
     content[148:156] = b" " * 8
     content[148:156] = b"%06o\0 " % sum(content[:512])
     path.write_bytes(content)
-    assert found(index_tar(path)) == expected(path)
+    assert members_of_tar(path) == expected(path)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +139,7 @@ def test_impossible_sizes(tmp_path: Path, size: bytes, kind: bytes) -> None:
     content[place + 148 : place + 156] = b"%06o\0 " % sum(content[place : place + 512])
     path.write_bytes(content)
     with pytest.raises(TarFault) as caught:
-        index_tar(path)
+        members_of_tar(path)
     assert caught.value.offset == place
 
 
@@ -153,7 +149,7 @@ def test_sum_of_signed_bytes(tmp_path: Path) -> None:
     content[148:156] = b" " * 8
     content[148:156] = b"%06o\0 " % sum(byte - 256 * (byte > 127) for byte in content[:512])
     path.write_bytes(content)
-    assert found(index_tar(path)) == expected(path) == [("größe.npy", 512, 3)]
+    assert members_of_tar(path) == expected(path) == [("größe.npy", 512, 3)]
 
 
 @pytest.mark.parametrize(
@@ -170,11 +166,11 @@ def test_sum_of_signed_bytes(tmp_path: Path) -> None:
     ],
 )
 def test_keys_as_webdataset_has_them(name: str, parts: tuple[str, str]) -> None:
-    assert split_name(name) == parts
+    assert key_and_extension(name) == parts
 
 
 def header_before(path: Path, number: int) -> int:
-    return int(index_tar(path).offsets[number]) - 512
+    return members_of_tar(path)[number][1] - 512
 
 
 def spoil_sum(path: Path) -> None:
@@ -186,7 +182,7 @@ def zero_header(path: Path) -> None:
 
 
 def cut_payload(path: Path) -> None:
-    truncate(path, int(index_tar(path).offsets[20]) + 100)
+    truncate(path, members_of_tar(path)[20][1] + 100)
 
 
 def cut_between(path: Path) -> None:
@@ -242,7 +238,7 @@ def test_faults(tmp_path: Path, damage: Callable[[Path], None], message: str) ->
     offset = header_before(path, 20)
     damage(path)
     with pytest.raises(TarFault, match=r"f\.tar, offset ") as caught:
-        index_tar(path)
+        members_of_tar(path)
     assert message in str(caught.value)
     if damage in (spoil_sum, zero_header, cut_payload, cut_between, cut_header):
         assert caught.value.offset == offset
@@ -259,7 +255,7 @@ def test_sparse_is_refused(tmp_path: Path) -> None:
         path = tmp_path / f"{format}.tar"
         subprocess.run(["tar", "--sparse", f"--format={format}", "-C", tmp_path, "-cf", path, "holes.npy"], check=True)
         with pytest.raises(TarFault, match="sparse"):
-            index_tar(path)
+            members_of_tar(path)
 
 
 def test_a_stream_has_the_digest_of_the_file(tmp_path: Path) -> None:

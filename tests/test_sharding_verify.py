@@ -14,9 +14,9 @@ from sharding import check
 from sharding.manifest import MANIFEST_JSON, MANIFEST_PARQUET, Manifest, load_manifest, table_schema, write_manifest
 from sharding.sources.geotiff import RebenTree
 from sharding.synthetic.tree import write_tree
-from sharding.tars.structure import index_tar
 from sharding.tars.verify import Fault, verify_shards
 from sharding.writer import write_shards
+from tests.readback import members_of_tar
 
 Rows = list[dict[str, object]]
 
@@ -85,44 +85,44 @@ def no_shard(root: Path) -> Expected:
 
 def pixel(root: Path) -> Expected:
     path = root / "train-000000.tar"
-    flip(path, int(index_tar(path).offsets[0]) + 5000)
+    flip(path, members_of_tar(path)[0][1] + 5000)
     return [("shard digest", "the file's digest is "), ("member digest", "b10.npy (115328 bytes at offset 512) is not")]
 
 
 def npy_header(root: Path) -> Expected:
     path = root / "train-000000.tar"
-    flip(path, int(index_tar(path).offsets[4]) + 60)  # of the second sample: 120 is 020 now
+    flip(path, members_of_tar(path)[4][1] + 60)  # of the second sample: 120 is 020 now
     return [("shard digest", ""), ("sample", "b10.npy"), ("member digest", "b10.npy")]
 
 
 def padding(root: Path) -> Expected:
     path = root / "train-000000.tar"
-    index = index_tar(path)
-    flip(path, int(index.offsets[3] + index.sizes[3]))  # behind the first json
+    _, offset, size = members_of_tar(path)[3]
+    flip(path, offset + size)  # behind the first json
     return [("shard digest", "")]
 
 
 def name_in_header(root: Path) -> Expected:
     path = root / "train-000000.tar"
-    flip(path, int(index_tar(path).offsets[8]) - 512 + 3)  # that of the third sample's first member
+    flip(path, members_of_tar(path)[8][1] - 512 + 3)  # that of the third sample's first member
     return [("shard digest", ""), ("structure", "bad header checksum")]
 
 
 def zeroed_header_and_pixel(root: Path) -> Expected:
     """What lies behind the fault in the structure is still checked, by byte range."""
     path = root / "train-000000.tar"
-    offsets = index_tar(path).offsets
-    flip(path, int(offsets[40]) + 300)
+    offsets = [offset for _, offset, _ in members_of_tar(path)]
+    flip(path, offsets[40] + 300)
     content = bytearray(path.read_bytes())
-    content[int(offsets[8]) - 512 : int(offsets[8])] = bytes(512)
+    content[offsets[8] - 512 : offsets[8]] = bytes(512)
     path.write_bytes(content)
     return [("shard digest", ""), ("structure", "a zeroed header"), ("member digest", "b10.npy")]
 
 
 def cut(root: Path) -> Expected:
     path = root / "validation-000000.tar"
-    offsets = index_tar(path).offsets
-    path.write_bytes(path.read_bytes()[: int(offsets[-4]) + 10])  # in the last sample
+    offsets = [offset for _, offset, _ in members_of_tar(path)]
+    path.write_bytes(path.read_bytes()[: offsets[-4] + 10])  # in the last sample
     members = [("member digest", name) for name in ("b10.npy", "b20.npy", "b60.npy")]
     return [("size", "it was truncated"), ("shard digest", ""), ("structure", "truncated: "), *members]
 
@@ -147,8 +147,8 @@ def copied_over(root: Path) -> Expected:
 def swapped_names_of_samples(root: Path) -> Expected:
     """Two samples exchange their bytes: the structure is right, and each name is there."""
     path = root / "train-000000.tar"
-    index, content = index_tar(path), bytearray(path.read_bytes())
-    a, b, size = int(index.offsets[0]), int(index.offsets[4]), int(index.sizes[0])
+    members, content = members_of_tar(path), bytearray(path.read_bytes())
+    (_, a, size), (_, b, _) = members[0], members[4]
     content[a : a + size], content[b : b + size] = content[b : b + size], content[a : a + size]
     path.write_bytes(content)
     return [("shard digest", ""), ("member digest", "b10.npy"), ("member digest", "b10.npy")]
@@ -294,7 +294,7 @@ def test_without_a_manifest(shards: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "holds no manifest.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [[], ["x", "--workers", "-1"], ["x", "y"]])
+@pytest.mark.parametrize("argv", [[], ["x", "--workers", "-1"], ["x", "y"], ["x", "--report", "nowhere/x.json"]])
 def test_wrong_usage(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         check.verify(argv)

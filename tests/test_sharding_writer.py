@@ -19,14 +19,11 @@ from sharding.manifest import SPLITS, file_digest, load_manifest, load_table
 from sharding.sources.geotiff import RebenTree
 from sharding.synthetic.tree import write_tree
 from sharding.writer import REPORT_JSON, Outcome, write_shards
+from tests.readback import digests
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared real data are not here")
 PATCHES = 40
-
-
-def digests(root: Path) -> dict[str, str]:
-    return {str(path.relative_to(root)): file_digest(path) for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def convert(tree: Path, out: Path, *, skip: bool = False, workers: int = 0) -> Outcome:

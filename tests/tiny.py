@@ -23,10 +23,19 @@ from sharding.plan import Slot
 from sharding.reader import PatchReader, Target, select_bands
 from sharding.rng import derive_rng
 from sharding.sample import Place, Sample
-from sharding.sources.geotiff import Index
+from sharding.sources.protocol import Index
 from sharding.writer import write_shards
 
-__all__ = ["TinySource", "make_reader", "read_batch", "rename_class", "tiny_config", "tiny_settings", "write_tiny"]
+__all__ = [
+    "TinySource",
+    "make_reader",
+    "read_batch",
+    "rename_class",
+    "slot_of",
+    "tiny_config",
+    "tiny_settings",
+    "write_tiny",
+]
 
 ROWS_PER_SHARD = 32  # 90 train rows make shards of 32, 32 and 26
 
@@ -114,6 +123,12 @@ def make_reader(
     manifest = load_manifest(shards)
     groups = select_bands(manifest, list(bands))
     return PatchReader(manifest, load_table(manifest, split), groups, LocalFiles(manifest.tars), check)
+
+
+def slot_of(rows: Iterable[int], step: int = 0) -> Slot:
+    """These rows alone as a step, for one rank."""
+    array = np.array(list(rows), dtype=np.int32)
+    return Slot(step, array, 0, len(array))
 
 
 def read_batch(reader: PatchReader, slot: Slot) -> Batch:

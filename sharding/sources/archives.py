@@ -18,7 +18,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from sharding import reben
-from sharding.manifest import Member
 from sharding.pool import run_tasks
 from sharding.progress import Progress
 from sharding.sample import Sample
@@ -54,17 +53,8 @@ class RebenArchives:
     include_snow_cloud: bool = False
     save_seconds: float = 5.0
 
-    @property
-    def dataset(self) -> str:
-        return reben.DATASET
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return reben.CLASSES
-
-    @property
-    def members(self) -> tuple[Member, ...]:
-        return reben.MEMBERS
+    # without annotations, so that they are the class's and no fields
+    dataset, classes, members = reben.DATASET, reben.CLASSES, reben.MEMBERS
 
     def settings(self) -> dict[str, str | int | bool]:
         return {"include_snow_cloud": self.include_snow_cloud}  # those of the tree: the shards are the same
@@ -117,6 +107,7 @@ class RebenArchives:
         arrived.check()
 
     def release(self, task: ShardTask) -> None:
+        """Give back the scratch space of a shard that is written."""
         scratch_file(self.staged, task.name).unlink(missing_ok=True)
 
     def _stage(self, name: str, archive: Archive, arrived: Arrived, workers: int) -> None:

@@ -23,12 +23,11 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader, MemoryFile
 
 from sharding import reben
-from sharding.manifest import SPLITS, Member
+from sharding.manifest import SPLITS
 from sharding.sample import Place, Sample
-from sharding.sources.protocol import Index, PatchError, PatchSource
+from sharding.sources.protocol import Index, PatchError
 
-__all__ = ["Index", "PatchError", "PatchSource", "RebenTree", "decode_band", "decode_map", "reben_index",
-           "tiff_session"]  # fmt: skip
+__all__ = ["RebenTree", "decode_band", "decode_map", "reben_index", "tiff_session"]
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,8 @@ class RebenTree:
     root: Path
     include_snow_cloud: bool = False
 
-    @property
-    def dataset(self) -> str:
-        return reben.DATASET
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return reben.CLASSES
-
-    @property
-    def members(self) -> tuple[Member, ...]:
-        return reben.MEMBERS
+    # without annotations, so that they are the class's and no fields
+    dataset, classes, members = reben.DATASET, reben.CLASSES, reben.MEMBERS
 
     def settings(self) -> dict[str, str | int | bool]:
         return {"include_snow_cloud": self.include_snow_cloud}

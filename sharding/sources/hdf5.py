@@ -17,16 +17,15 @@ from sharding.manifest import SPLITS, Member
 from sharding.sample import Sample, encode_members
 from sharding.sources import hdf5content as content
 from sharding.sources.labels import SPLIT_NAMES, split_name
-from sharding.sources.protocol import Index, PatchError
+from sharding.sources.protocol import DTYPES, Index, PatchError
 
-__all__ = ["CACHE_BYTES", "Hdf5File", "Names", "find_groups", "open_hdf5"]
+__all__ = ["Hdf5File", "Names", "find_groups", "open_hdf5"]
 
-CACHE_BYTES = 512 << 20
+_CACHE_BYTES = 512 << 20
 # Rows are packed in random order, and HDF5 unpacks a whole chunk for each: of chunks of 64 rows the cache that HDF5 has
 # by itself (8 MB) lets 250 rows/s through, one that holds the whole split 1,200.
 _CACHE_SLOTS = 100_003  # a prime, so that chunks seldom share a slot, which would push one of them out
 
-_DTYPES = ("uint8", "uint16", "int16")
 _AXES = "images are patch, band, row, column; labels and area shares patch, class; keys patch"
 
 
@@ -62,7 +61,7 @@ class Hdf5File:
     classes: tuple[str, ...]
     members: tuple[Member, ...]
     channels_last: bool = False
-    cache_bytes: int = CACHE_BYTES
+    cache_bytes: int = _CACHE_BYTES
     _reader: "_Reader | None" = field(default=None, init=False, repr=False, compare=False)
 
     def settings(self) -> dict[str, str | int | bool]:
@@ -181,7 +180,7 @@ def open_hdf5(
     classes: str = "classes",
     bands: Sequence[str] = (),
     channels_last: bool = False,
-    cache_bytes: int = CACHE_BYTES,
+    cache_bytes: int = _CACHE_BYTES,
 ) -> Hdf5File:
     """Look at the arrays, without reading them, and make a source.
 
@@ -267,9 +266,9 @@ def _image_type(
                 f"{group} has {kind}"
             )
     shape, dtype, _ = expected
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise ValueError(
-            f"{path}: {names.images} are {dtype}; {', '.join(_DTYPES)} are read (band statistics are exact of whole "
+            f"{path}: {names.images} are {dtype}; {', '.join(DTYPES)} are read (band statistics are exact of whole "
             "numbers): store digital numbers, e.g. reflectance * 10000 as uint16"
         )
     if not sum(len(file[group][names.images]) for group in groups):

@@ -222,10 +222,8 @@ def _files_by_name(archive: _Archive) -> dict[str, str]:
         files[name] = path
     if not files:
         kinds = sorted({PurePosixPath(name).suffix or "no extension" for name in archive.names})
-        raise ValueError(
-            f"{archive.root} holds no image ({', '.join('.' + name for name in IMAGE_NAMES)}), but files with "
-            f"{', '.join(kinds) or 'nothing'}"
-        )
+        others = f"but files with {', '.join(kinds)}" if kinds else "it is empty"
+        raise ValueError(f"{archive.root} holds no image ({', '.join('.' + n for n in IMAGE_NAMES)}), {others}")
     return files
 
 

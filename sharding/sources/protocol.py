@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from sharding.manifest import Member
 from sharding.sample import Sample
 
-__all__ = ["Index", "PatchError", "PatchSource"]
+__all__ = ["DTYPES", "Index", "PatchError", "PatchSource"]
+
+DTYPES = ("uint8", "uint16", "int16")  # of pixels: what training reads and band statistics are exact for
 
 
 class PatchError(Exception):

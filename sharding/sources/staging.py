@@ -105,6 +105,7 @@ def file_of_tree(key: str, number: int) -> str:
 
 
 def scratch_file(folder: Path, shard: str) -> Path:
+    """Where the pixels of a shard's patches wait."""
     return folder / f"{shard}.raw"
 
 

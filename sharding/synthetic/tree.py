@@ -79,8 +79,11 @@ def _claim(out: Path, settings: Mapping[str, object]) -> None:
     """Mark the folder as synthetic, before the first patch is in it."""
     marker = out / MARKER
     if marker.exists():
-        record = json.loads(marker.read_text())
-        compare_settings(record["settings"], settings, where=f"the synthetic tree in {out}")
+        try:
+            before = json.loads(marker.read_text())["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{marker} is damaged: give a new folder, or remove {out}") from error
+        compare_settings(before, settings, where=f"the synthetic tree in {out}")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty and no synthetic tree: give a new or empty folder")
@@ -114,9 +117,9 @@ def _write_map(out: Path, plan: PatchPlan, codes_HW: NDArray[np.uint16]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{plan.key}_reference_map.tif"
     profile = _profile(len(codes_HW), plan.place) | {"compress": "deflate", "predictor": 2}
-    with rasterio.open(folder / f".{name}", "w", **profile) as tiff:
-        tiff.write(codes_HW, 1)
-    (folder / f".{name}").replace(folder / name)
+    temporary = folder / f".{name}"  # not for GDAL to write: it stumbles over the half of a file that a killed run left
+    temporary.write_bytes(_encoded(codes_HW, profile))
+    temporary.replace(folder / name)
 
 
 def _write_bands(folder: Path, plan: PatchPlan, pixels: tuple[NDArray[np.uint16], ...]) -> None:
@@ -144,6 +147,13 @@ def _profile(size: int, place: Place) -> dict[str, object]:
     }
 
 
+def _encoded(layer_HW: NDArray[np.uint16], profile: dict[str, object]) -> bytes:
+    with MemoryFile() as memory:
+        with memory.open(**profile) as tiff:
+            tiff.write(layer_HW, 1)
+        return bytes(memory.getbuffer())
+
+
 def _tiff(layer_HW: NDArray[np.uint16], place: Place) -> bytes:
     """The file rasterio would write, made from one it wrote: only origin and pixels differ, and GDAL takes 0.8 ms."""
     size = len(layer_HW)
@@ -158,10 +168,7 @@ def _template(size: int, epsg: int) -> tuple[bytes, int]:
     """An uncompressed GeoTIFF whose pixels are its last bytes, and where its origin (two float64) stands."""
     place = Place(epsg, 123_456.0, 7_654_321.0)
     probe = np.arange(1, size * size + 1, dtype="<u2").reshape(size, size)
-    with MemoryFile() as memory:
-        with memory.open(**_profile(size, place)) as tiff:
-            tiff.write(probe, 1)
-        content = bytes(memory.getbuffer())
+    content = _encoded(probe, _profile(size, place))
     origin = np.array([place.x, place.y], dtype="<f8").tobytes()
     assert content.endswith(probe.tobytes()), "GDAL no longer writes the pixels last"
     assert content.count(origin) == 1, "the origin must stand in one place"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sharding.tars.structure import split_name
+from sharding.tars.structure import key_and_extension
 
 __all__ = ["Run", "Segment", "Shape", "check_run"]
 
@@ -185,5 +185,5 @@ def _text(key: bytes, extensions: tuple[str, ...]) -> str:
     except UnicodeDecodeError:
         return ""
     name = name[2:] if name.startswith("./") else name
-    cut = all(split_name(f"{name}.{extension}") == (name, extension) for extension in extensions)
+    cut = all(key_and_extension(f"{name}.{extension}") == (name, extension) for extension in extensions)
     return name if cut and "\0" not in name else ""

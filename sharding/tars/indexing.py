@@ -25,7 +25,7 @@ from sharding.tars.listing import Tars
 from sharding.tars.rows import TarRows, UnusableError, check_rows, finding, join_tars
 from sharding.tars.samples import Kind, TarSamples, TarTask, read_tar
 from sharding.tars.statistics import sampled_statistics
-from sharding.tars.structure import split_name
+from sharding.tars.structure import key_and_extension
 
 __all__ = ["Indexed", "index_shards"]
 
@@ -128,7 +128,7 @@ def _read_all(tars: Tars, *, digests: bool, workers: int) -> list[TarSamples]:
 
 def _join_labels(rows: TarRows, labels: LabelFile, notes: list[str]) -> NDArray[np.int64]:
     """int64 [N]: each row's number in ``labels``. Keys of the file may have an extension; case matters."""
-    keys = [split_name(key)[0] or key for key in (key.removeprefix("./") for key in labels.keys)]
+    keys = [key_and_extension(key)[0] or key for key in (key.removeprefix("./") for key in labels.keys)]
     if len(set(keys)) < len(keys):
         raise ValueError(f"labels: two keys are the same sample, e.g. {next(k for k in keys if keys.count(k) > 1)!r}")
     place = pc.index_in(rows.keys, value_set=pa.array(keys, pa.string()))

@@ -129,7 +129,10 @@ class RemoteBlocks:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return action()
-            except (FileNotFoundError, PermissionError, ValueError) as error:
+            except FileNotFoundError as error:  # fsspec says no more than the URL, and gives the reason as the cause
+                reason = error.__cause__ or error.strerror or "no such file"
+                raise OSError(f"{self._url} is not there, or out of reach: {reason}") from error
+            except (PermissionError, ValueError) as error:
                 raise OSError(f"{self._url}: {error}") from error
             except Exception as error:  # each file system has its own; none of them is the tar's
                 if attempt == _ATTEMPTS:

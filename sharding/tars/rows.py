@@ -32,7 +32,15 @@ class UnusableError(ValueError):
 
 @dataclass
 class TarRows:
-    """All samples of all tars as columns; those that cannot be used fall out."""
+    """All samples of all tars as columns; those that cannot be used fall out.
+
+    Attributes:
+        keys: string [N].
+        tar_N: number of each sample's tar.
+        offsets_NM, sizes_NM: bytes of the contents in the tar; offset -1 where a sample lacks a member.
+        digests_NM: xxh3-64 of the contents, where all bytes were read.
+        findings: why samples fell out, a line each.
+    """
 
     keys: pa.Array
     tar_N: NDArray[np.int64]
@@ -51,6 +59,7 @@ class TarRows:
         self.take(np.flatnonzero(~wrong_N))
 
     def take(self, rows: NDArray[np.int64]) -> None:
+        """Keep these, in this order."""
         self.keys = self.keys.take(pa.array(rows))
         self.tar_N, self.offsets_NM, self.sizes_NM = self.tar_N[rows], self.offsets_NM[rows], self.sizes_NM[rows]
         self.digests_NM = None if self.digests_NM is None else self.digests_NM[rows]

@@ -14,7 +14,7 @@ import numpy as np
 
 from sharding.tars.headers import Run, Segment, Shape, check_run
 from sharding.tars.read import HopReader
-from sharding.tars.structure import split_name, walk_tar
+from sharding.tars.structure import key_and_extension, walk_tar
 
 __all__ = ["Run", "walk_runs"]
 
@@ -40,7 +40,7 @@ def walk_runs(
     while True:
         for name, offset, size in walk_tar(reader, where, position):
             start = position = offset - _BLOCK
-            if usual.repeats(*split_name(name), offset, size):
+            if usual.repeats(*key_and_extension(name), offset, size):
                 shape, gained = _shape(usual.extensions, usual.blocks, head_of), 0
                 for run in _runs(reader, start, shape) if shape else ():
                     gained, position = gained + len(run.keys), run.end

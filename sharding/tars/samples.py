@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from sharding.cache import is_url
 from sharding.images import IMAGE_NAMES, image_size
+from sharding.sources.protocol import DTYPES
 from sharding.tars.read import BytesReader, HopReader, LocalBlocks, RemoteBlocks, StreamReader
 from sharding.tars.runs import Run, walk_runs
-from sharding.tars.structure import TarFault, split_name, walk_tar
+from sharding.tars.structure import TarFault, key_and_extension, walk_tar
 
-__all__ = ["Column", "Kind", "TarSamples", "TarTask", "is_payload", "read_tar"]
+__all__ = ["Column", "Kind", "TarSamples", "TarTask", "read_tar"]
 
-_DTYPES = ("uint8", "uint16", "int16")  # what training reads and statistics are exact for
 _HEAD = 4096  # longer than the .npy header of any array of numbers
 
 
@@ -92,7 +92,7 @@ class TarSamples:
     broken: TarFault | None = None
 
 
-def is_payload(extension: str) -> bool:
+def _is_payload(extension: str) -> bool:
     last = extension.rpartition(".")[2]
     return last == "npy" or last.lower() in IMAGE_NAMES
 
@@ -150,13 +150,13 @@ class _Members:
                 self._add(entry)
                 continue
             name, offset, size = entry
-            key, extension = split_name(name)
+            key, extension = key_and_extension(name)
             if not key:
                 ignored[""] += 1
                 continue
             if extension not in known:
                 known[extension] = len(known)
-                if is_payload(extension):
+                if _is_payload(extension):
                     payload.add(extension)
             keys.append(key)
             offsets.append(offset)
@@ -181,7 +181,7 @@ class _Members:
 
     def _head(self, extension: str) -> bytes | None:
         """What a member of a run is to begin with; nothing where all are inspected anyway."""
-        if is_payload(extension) and extension.endswith("npy"):
+        if _is_payload(extension) and extension.endswith("npy"):
             return self._heads.get(extension) or None
         return b""
 
@@ -193,7 +193,7 @@ class _Members:
         self._parts.append((keys, run.offsets_SM.ravel(), run.sizes_SM.ravel(), codes, no_digests))
         images = []
         for m, extension in enumerate(run.extensions):
-            if not is_payload(extension):
+            if not _is_payload(extension):
                 self._found.ignored[extension] += count
             elif not extension.endswith("npy"):
                 seen = self._counts[extension]
@@ -248,7 +248,7 @@ class _Members:
             samples = sample_M[chosen]
             for sample in np.flatnonzero(np.bincount(samples, minlength=len(names)) > 1).tolist():
                 found.wrong[names[sample]] = f"has two members {extension}"
-            if is_payload(extension):
+            if _is_payload(extension):
                 column = Column(
                     np.full(len(names), -1, np.int64),
                     np.zeros(len(names), np.int64),
@@ -284,9 +284,9 @@ def _array_kind(data: bytes | memoryview) -> Kind:
         shape, fortran, dtype = reader(stream)
     except Exception as error:  # whatever Python's tokenizer and parser make of damaged bytes
         raise ValueError(f"no .npy array ({error})") from None
-    if dtype.name not in _DTYPES or dtype.byteorder == ">":
+    if dtype.name not in DTYPES or dtype.byteorder == ">":
         order = "big-endian " if dtype.byteorder == ">" else ""
-        raise ValueError(f"{order}{dtype.name}: training reads {', '.join(_DTYPES)}, little-endian: convert it")
+        raise ValueError(f"{order}{dtype.name}: training reads {', '.join(DTYPES)}, little-endian: convert it")
     if fortran:
         raise ValueError("in Fortran order: store it in C order (np.ascontiguousarray)")
     if len(shape) != 3 or shape[1] != shape[2] or not all(shape):

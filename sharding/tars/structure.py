@@ -6,15 +6,10 @@ without a word (tarfile in stream mode, and so webdataset). Here a tar is whole 
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+from sharding.tars.read import BytesReader
 
-from sharding.tars.read import BytesReader, HopReader
-
-__all__ = ["TarFault", "TarIndex", "index_tar", "split_name", "walk_tar"]
+__all__ = ["TarFault", "key_and_extension", "walk_tar"]
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
@@ -35,45 +30,7 @@ class TarFault(ValueError):
         return f"{self.where}, offset {self.offset}: {self.reason}"
 
 
-@dataclass(frozen=True)
-class TarIndex:
-    """The regular files of a tar, M of them, in its order.
-
-    Attributes:
-        names: as stored, without a leading ``./``.
-        keys, extensions: of the names by webdataset's rule; empty where it skips the file.
-        offsets: int64 [M], first byte of the content.
-        sizes: int64 [M], bytes of the content.
-    """
-
-    names: list[str]
-    keys: list[str]
-    extensions: list[str]
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-
-
-def index_tar(path: Path | str) -> TarIndex:
-    """Walk through a local tar.
-
-    Raises:
-        TarFault: it is damaged, cut, compressed or no tar.
-        OSError: it cannot be read.
-    """
-    with HopReader(path) as reader:
-        members = list(walk_tar(reader, str(path)))
-    names = [name for name, _, _ in members]
-    parts = [split_name(name) for name in names]
-    return TarIndex(
-        names,
-        [key for key, _ in parts],
-        [extension for _, extension in parts],
-        np.array([offset for _, offset, _ in members], dtype=np.int64),
-        np.array([size for _, _, size in members], dtype=np.int64),
-    )
-
-
-def split_name(name: str) -> tuple[str, str]:
+def key_and_extension(name: str) -> tuple[str, str]:
     """Key and extension: cut at the first dot of the base name. ("", "") of names that webdataset skips: those without
     a dot or with nothing before it, and those that begin with ``__...__``.
     """

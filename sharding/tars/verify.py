@@ -33,6 +33,7 @@ class Verified:
         faults: all of them.
         notes: what was not checked, and why.
         rows, shards, size: how much was looked at; ``size`` in bytes read.
+        seconds: of all of it.
     """
 
     manifest: Manifest
@@ -80,7 +81,8 @@ def _table(manifest: Manifest, found: Verified) -> pa.Table | None:
             found.faults.append(Fault("table", MANIFEST_PARQUET, "", message))
         table = pq.read_table(path).combine_chunks()
     except (OSError, ValueError) as error:  # arrow's errors are ValueErrors
-        found.faults.append(Fault("table", MANIFEST_PARQUET, "", f"cannot be read: {error}"))
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        found.faults.append(Fault("table", MANIFEST_PARQUET, "", f"cannot be read: {reason}"))
         return None
     if not table.schema.equals(table_schema(len(manifest.classes), len(manifest.members))):
         found.faults.append(Fault("table", MANIFEST_PARQUET, "", "has other columns than manifest.json calls for"))

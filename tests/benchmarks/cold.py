@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sharding.reader
-from tests.benchmarks.contest import Contestant, Feed, LoaderFeed, Patches, permutations
+from tests.benchmarks.contest import Contestant, Feed, LoaderFeed, Patches, permutations, rotated
 from tests.benchmarks.machine import family
 from tests.benchmarks.peers import Ours, Pread, Webdataset
 
@@ -77,8 +77,7 @@ def measure(folder: Path, *, rounds: int, batch: int, workers: Sequence[int]) ->
             warm[entrant.key] = len(rows) / feeds[entrant].consume(rows)[1]
     results: dict[str, list[Cold]] = {entrant.key: [] for entrant in entrants}
     for number in range(rounds):
-        first = number % len(entrants)
-        for entrant in [*entrants[first:], *entrants[:first]]:
+        for entrant in rotated(entrants, number):
             with _asking(entrant.ahead):
                 rows = entrant.rows(len(patches.table), number)
                 results[entrant.key].append(_read(feeds[entrant], rows, paths))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,10 @@ from sharding.rng import derive_rng
 from tests.benchmarks.machine import cpu_seconds, family
 
 __all__ = ["PATCH_BYTES", "SHAPES", "TRUTH", "Contestant", "Delivery", "Feed", "LoaderFeed", "MapFeed", "Patches",
-           "Timing", "assemble", "assemble_bands", "check", "open_tars", "patch_digest", "permutations"]  # fmt: skip
+           "Timing", "assemble", "assemble_bands", "check", "open_tars", "patch_digest", "permutations",
+           "rotated"]  # fmt: skip
+
+T = TypeVar("T")
 
 SHAPES = tuple(member.shape for member in reben.MEMBERS)
 PATCH_BYTES = 2 * sum(prod(shape) for shape in SHAPES)  # 160,000
@@ -242,6 +245,12 @@ def permutations(rows: range, passes: int, round_number: int) -> NDArray[np.int6
     """``passes`` fresh permutations one after the other, the same for all contestants that have these rows."""
     rng = derive_rng(0, "benchmark", round_number + 1)
     return np.concatenate([rng.permutation(len(rows)) for _ in range(passes)])
+
+
+def rotated(contestants: Sequence[T], round_number: int) -> list[T]:
+    """All of them once, another one first each round: whoever follows the same neighbour would gain or lose by it."""
+    first = round_number % max(1, len(contestants))
+    return [*contestants[first:], *contestants[:first]]
 
 
 def open_tars(patches: Patches) -> list[int]:

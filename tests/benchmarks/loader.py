@@ -28,8 +28,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.contest import PATCH_BYTES, Contestant, Timing
-from tests.benchmarks.machine import cores, machine_line, write_json
+from tests.benchmarks.contest import PATCH_BYTES, Contestant, Timing, rotated
+from tests.benchmarks.machine import cores, machine_line, make_parser, numbers, write_json
 from tests.benchmarks.patches import write_patches
 from tests.benchmarks.peers import CONTESTANTS, LIMIT, OURS
 from tests.benchmarks.stand import Failed, Stand
@@ -67,22 +67,17 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument("--patches", type=int, default=2000, help="of 160 kB; every contestant keeps a copy (2000)")
     parser.add_argument("--rounds", type=int, default=5, help="(5)")
     parser.add_argument("--batch", type=int, default=64, help="patches of a batch (64)")
-    parser.add_argument("--workers", type=_numbers, default=[0, cores()], help="0: one process (0 and all cores)")
+    parser.add_argument("--workers", type=numbers, default=[0, cores()], help="0: one process (0 and all cores)")
     parser.add_argument("--only", type=lambda text: text.split(","), help="contestants, by name, with commas")
     parser.add_argument("--seconds", type=float, default=1.5, help="of a measurement, at least (1.5)")
     parser.add_argument("--touch", action="store_true", help="also copy each batch into a staging buffer")
     parser.add_argument("--peers", type=Path, help="folder of `pip install --target` with peers not installed here")
     parser.add_argument("--folder", type=Path, help="where the patches are written (the system's temporary folder)")
     return parser.parse_args()
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def _choose(only: Sequence[str] | None) -> tuple[list[Contestant], dict[str, str]]:
@@ -131,8 +126,7 @@ def _race(stands: Sequence[Stand], num_rounds: int) -> Rounds:
     """Each once a round, another one first each time."""
     rounds: Rounds = {stand.name: [] for stand in stands}
     for number in range(num_rounds):
-        first = number % max(1, len(stands))
-        for stand in [*stands[first:], *stands[:first]]:
+        for stand in rotated(stands, number):
             rounds[stand.name].append(stand.measure(number))
     return rounds
 

@@ -1,5 +1,6 @@
-"""What a figure was measured on, and where it goes: for all benchmarks that compare speed or memory."""
+"""What a benchmark is asked, what its figures were measured on, and where they go."""
 
+import argparse
 import json
 import os
 import platform
@@ -8,9 +9,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cores", "cpu_seconds", "family", "machine", "machine_line", "write_json"]
+__all__ = ["cores", "cpu_seconds", "family", "machine", "machine_line", "make_parser", "numbers", "write_json"]
 
 PACKAGES = ("torch", "numpy", "pyarrow", "webdataset", "rasterio", "lmdb", "safetensors", "mosaicml-streaming")
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """With the module's docstring as help, and the ``--json`` that every benchmark has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    return parser
+
+
+def numbers(text: str) -> list[int]:
+    """Of an argument such as "0,2"."""
+    return [int(part) for part in text.split(",")]
 
 
 def cores() -> int:

@@ -9,7 +9,6 @@ page shared since the fork gets a copy of its own. Taken from /proc/PID/smaps_ro
 copies as training would; the first tenth of the samples is compared with the last.
 """
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -23,7 +22,7 @@ import torch
 
 from sharding.loader import ShardLoader
 from sharding.manifest import load_manifest, load_table
-from tests.benchmarks.machine import cores, family, machine_line, write_json
+from tests.benchmarks.machine import cores, family, machine_line, make_parser, write_json
 from tests.benchmarks.ours import open_ours
 from tests.benchmarks.sparse import METADATA, SPLIT_SHARES, SparseShards, epoch_plan
 
@@ -36,8 +35,7 @@ Memory = dict[int, list[dict[str, float]]]  # process -> samples, MB
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument("--reads", type=int, default=20_000, help="patches read (20000)")
     parser.add_argument("--rows", type=int, default=SPLIT_SHARES[0], help="of the train split (237871)")
     parser.add_argument("--workers", type=int, default=cores(), help="of the loader (all cores)")

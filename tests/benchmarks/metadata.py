@@ -5,8 +5,6 @@
 One process, one thread. Memory is the process's peak after each stage.
 """
 
-import argparse
-import json
 import resource
 import tempfile
 import time
@@ -21,16 +19,18 @@ from adagc_dist.spml import observe
 from sharding import reben
 from sharding.manifest import SPLITS, LabelTable
 from sharding.plan import plan_epoch
-from sharding.sources.geotiff import Index, RebenTree
+from sharding.sources.geotiff import RebenTree
+from sharding.sources.protocol import Index
+from tests.benchmarks.machine import machine_line, make_parser, write_json
 
 T = TypeVar("T")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("metadata", type=Path, help="reBEN's metadata.parquet")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
+    print(machine_line())
     figures: dict[str, dict[str, float]] = {}
 
     def timed(name: str, work: Callable[[], T]) -> T:
@@ -59,8 +59,7 @@ def main() -> None:
         "plan of one epoch, train", lambda: plan_epoch(rows_per_shard, 0, seed=0, global_batch=512, world_size=8)
     )
     print(f"  {plan.num_steps} steps of at most 512 rows on 8 ranks")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
+    write_json(arguments.json, {"stages": figures})
 
 
 def _index(metadata: Path) -> Index:

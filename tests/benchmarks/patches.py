@@ -12,7 +12,7 @@ from sharding import reben
 from sharding.manifest import Member
 from sharding.rng import derive_rng
 from sharding.sample import Place, Sample
-from sharding.sources.geotiff import Index
+from sharding.sources.protocol import Index
 from sharding.writer import write_shards
 from tests.benchmarks.contest import TRUTH, Patches, patch_digest
 

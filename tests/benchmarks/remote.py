@@ -35,7 +35,7 @@ from sharding.streams import StreamLoader, Streams
 from sharding.writer import write_shards
 from tests.benchmarks import cold
 from tests.benchmarks.contest import Patches
-from tests.benchmarks.machine import machine_line, write_json
+from tests.benchmarks.machine import machine_line, make_parser, numbers, write_json
 from tests.benchmarks.patches import NoiseSource
 from tests.benchmarks.peers import Webdataset
 from tests.http_server import Faults, ShardServer
@@ -220,23 +220,18 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument("--patches", type=int, default=4000, help="of 160 kB (4000)")
     parser.add_argument("--shard", type=int, default=500, help="patches of a shard (500)")
     parser.add_argument("--rounds", type=int, default=3, help="(3)")
     parser.add_argument("--batch", type=int, default=64, help="patches of a batch (64)")
     parser.add_argument("--only", type=lambda text: text.split(","), default=["cold", "http"], help="(cold,http)")
-    parser.add_argument("--workers", type=_numbers, default=[0, 2], help="cold: (0,2); HTTP: the last of them")
-    parser.add_argument("--rates", type=_numbers, default=[50, 200], help="MB/s of each connection (50,200)")
+    parser.add_argument("--workers", type=numbers, default=[0, 2], help="cold: (0,2); HTTP: the last of them")
+    parser.add_argument("--rates", type=numbers, default=[50, 200], help="MB/s of each connection (50,200)")
     parser.add_argument("--latency", type=float, default=0.02, help="seconds before each answer (0.02)")
     parser.add_argument("--needed", type=float, default=800, help="samples a second that the consumer takes (800)")
     parser.add_argument("--folder", type=Path, help="where the shards are written (the system's temporary folder)")
     return parser.parse_args()
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def _measure_http(folder: Path, scratch: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:

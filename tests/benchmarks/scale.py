@@ -7,7 +7,6 @@ the memory it takes at most, each in a process of its own. The index: the whole 
 whose pixels are holes (headers and places are real), in /dev/shm: 16 kB a sample, and no disk behind the page cache.
 """
 
-import argparse
 import io
 import json
 import subprocess
@@ -21,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from sharding import reben
-from tests.benchmarks.machine import cores, machine_line, write_json
+from tests.benchmarks.machine import cores, machine_line, make_parser, numbers, write_json
 
 _SAMPLES_PER_TAR = 2000
 _PLAN = """
@@ -47,15 +46,14 @@ print(json.dumps({"first_slot": first, "middle_slot": middle, "rank_rows": rank,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--rows", default="600000,100000000", help="of the plan (default: %(default)s)")
+    parser = make_parser(__doc__)
+    parser.add_argument("--rows", type=numbers, default=[600_000, 100_000_000], help="of the plan (600000,100000000)")
     parser.add_argument("--samples", type=int, default=240_000, help="of the index (default: %(default)s)")
     asked = parser.parse_args()
     print(machine_line())
     figures = {
         f"plan, {rows:,} rows, window of {window or 'all'} shards": _plan(rows, window)
-        for rows in map(int, asked.rows.split(","))
+        for rows in asked.rows
         for window in (64, 0)
     }
     figures[f"index, {asked.samples:,} samples, {cores()} workers"] = _index(asked.samples)

@@ -6,7 +6,6 @@ One process and its CPU time; files in the page cache. reBEN is a synthetic tree
 made of it; HDF5 and images are measured where a file is given.
 """
 
-import argparse
 import io
 import shutil
 import statistics
@@ -27,12 +26,11 @@ from sharding.sources.hdf5 import Names, find_groups, open_hdf5
 from sharding.sources.imagefolder import open_images
 from sharding.synthetic.tree import write_tree
 from sharding.writer import write_shards
-from tests.benchmarks.machine import machine_line, write_json
+from tests.benchmarks.machine import machine_line, make_parser, write_json
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument("--patches", type=int, default=600, help="of the synthetic tree (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="medians over so many (default: %(default)s)")
     parser.add_argument("--hdf5", type=Path, help="a file with groups train and validation")
@@ -46,8 +44,7 @@ def main() -> None:
         figures = _measure(cases, asked.rounds)
     for name, rate in figures.items():
         print(f"{name:<58}{rate:>9.0f} samples per CPU second")
-    if asked.json:
-        write_json(asked.json, {"samples_per_cpu_second": figures})
+    write_json(asked.json, {"samples_per_cpu_second": figures})
 
 
 Cases = dict[str, tuple[int, Callable[[], object]]]  # name -> samples, work

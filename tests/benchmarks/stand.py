@@ -83,11 +83,11 @@ def _serve(pipe: Connection, name: str, folder: Path, arguments: argparse.Namesp
     }
     while True:
         try:
-            what, *arguments = pipe.recv()
+            what, *values = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send(answers[what](*arguments))
+            pipe.send(answers[what](*values))
         except Exception as error:  # whatever a peer raises, the others go on
             pipe.send(Failed(f"{type(error).__name__}: {error}"))
 

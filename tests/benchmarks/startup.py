@@ -6,7 +6,6 @@ The manifest has as many rows as reBEN, all splits; the tars are sparse files, s
 figure is from a fresh process; both positions take turns. Page cache warm.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks.first_batch import PARTS
-from tests.benchmarks.machine import cores, machine_line, write_json
+from tests.benchmarks.machine import cores, machine_line, make_parser, write_json
 from tests.benchmarks.sparse import METADATA, SPLIT_SHARES, SparseShards, epoch_plan
 
 READABLE_STEPS = 32  # from each position on: more than workers read ahead
@@ -29,8 +28,7 @@ Repeats = dict[str, list[dict[str, float]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser = make_parser(__doc__)
     parser.add_argument("--rows", type=int, default=SPLIT_SHARES[0], help="of the train split (237871)")
     parser.add_argument("--repeats", type=int, default=5, help="(5)")
     parser.add_argument("--workers", type=int, default=cores(), help="of the loader (all cores)")
