@@ -1,22 +1,26 @@
 """A checkpoint is a directory of safetensors with a completion marker (DESIGN decision 12)::
 
-    checkpoints/epoch-0007/
+    checkpoints/epoch-0007-step-00000/        position: epochs done, and steps done of the next one
         student.safetensors  teacher.safetensors  optimizer.safetensors    rank 0's: equal on all ranks
-        rows-00000-of-00002.safetensors ...        each rank's rows of the store: row, value, marks
-        state.json                                 position, phase, detector: what has no tensor
+        rows-00000-of-00002.safetensors ...        each rank's rows of the store: row, value, mark
+        state.json                                 moment, detector, sums to be reported: what has no tensor
         COMPLETE.json                              size and digest of every file, written last
 
 Without COMPLETE.json it is no checkpoint: whoever died while writing left nothing that a resume could take. No pickle
-is read.
+is read. Training waits only while its tensors are copied to host memory; a thread writes them, one save at a time.
 """
 
 import json
+import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -27,10 +31,41 @@ from adagc_dist.comm import Comm, first_error_everywhere
 from adagc_dist.tracking import write_json
 from sharding.manifest import file_digest
 
-__all__ = ["SCHEMA", "Checkpoint", "CheckpointStore"]
+__all__ = ["SCHEMA", "Checkpoint", "CheckpointStore", "Content", "Position"]
 
-SCHEMA = 1
+log = logging.getLogger(__name__)
+
+SCHEMA = 2
 _MARKER = "COMPLETE.json"
+_NAME = re.compile(r"epoch-(\d+)-step-(\d+)")
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """How far a run has come: epochs done, and steps done of the next one. Never goes back (DESIGN decision 10)."""
+
+    epoch: int
+    step: int = 0
+
+    def __str__(self) -> str:
+        return f"epoch-{self.epoch:04d}-step-{self.step:05d}"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds, as one rank sees it.
+
+    Attributes:
+        shared: file name -> tensors, equal on all ranks; rank 0 writes them.
+        rows: this rank's part of the store, or None on every rank.
+        state: JSON-able; rank 0 writes it.
+        needs: the checkpoint that a rewind from here may go back to; it is kept as long as this one.
+    """
+
+    shared: Mapping[str, Mapping[str, Tensor]]
+    rows: Mapping[str, Tensor] | None
+    state: Mapping[str, Any]
+    needs: Position | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +73,7 @@ class Checkpoint:
     """A complete checkpoint on disk."""
 
     path: Path
-    epoch: int
+    position: Position
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """One of rank 0's files (student, teacher, optimizer), on the CPU."""
@@ -52,15 +87,14 @@ class Checkpoint:
     def rows(self, rank: int, world_size: int) -> dict[str, Tensor] | None:
         """This rank's share of the saved rows, whatever number of ranks saved them; None if the method keeps none.
 
-        Together the ranks get every row once; a share may be empty. ``RowStore.sync`` then brings each row home.
+        Together the ranks get every row once, each floor or ceil(N / world_size) of them; ``RowStore.sync`` then brings
+        each row home.
         """
         files = sorted(self.path.glob("rows-*.safetensors"))
         if not files:
             return None
-        parts = [load_file(file) for file in files[rank::world_size]]
-        if parts:
-            return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        return _empty_like(files[0])
+        parts = list(_share(files, rank, world_size))
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     def verify(self) -> None:
         """Compare every file with COMPLETE.json.
@@ -68,102 +102,196 @@ class Checkpoint:
         Raises:
             ValueError: a file is missing, has another size or digest, or the checkpoint is of another schema.
         """
-        marker = json.loads((self.path / _MARKER).read_text())
+        marker = self.marker()
         if marker["schema"] != SCHEMA:
             raise ValueError(f"{self.path} has checkpoint schema {marker['schema']}, this version reads {SCHEMA}")
         for name, expected in marker["files"].items():
             file = self.path / name
-            if (
-                not file.is_file()
-                or file.stat().st_size != expected["bytes"]
-                or file_digest(file) != expected["digest"]
-            ):
+            if not file.is_file() or _entry(file) != expected:
                 raise ValueError(
                     f"{file} is missing or damaged (its digest differs): delete {self.path}, "
                     "and the run goes on from the checkpoint before"
                 )
+        if marker["torch"] != torch.__version__:
+            log.warning(
+                "%s was written by torch %s, this is %s: the last digits may differ from an uninterrupted run's",
+                self.path, marker["torch"], torch.__version__,
+            )  # fmt: skip
+
+    def marker(self) -> dict[str, Any]:
+        """COMPLETE.json."""
+        record: dict[str, Any] = json.loads((self.path / _MARKER).read_text())
+        return record
 
 
 class CheckpointStore:
-    """The checkpoints of one run."""
+    """The checkpoints of one run.
 
-    def __init__(self, root: Path, *, comm: Comm, keep: int) -> None:
-        self._root, self._comm, self._keep = root, comm, keep
+    Args:
+        keep: the newest ones that are kept, and those that a rewind from them needs.
+        on_error: a save that fails stops the run at the next save or at the end, or is told and forgotten.
+    """
 
-    def save(
-        self,
-        epoch: int,
-        *,
-        shared: Mapping[str, Mapping[str, Tensor]],
-        rows: Mapping[str, Tensor] | None,
-        state: Mapping[str, Any],
-    ) -> Checkpoint:
-        """Collective: write the checkpoint of ``epoch``.
+    def __init__(self, root: Path, *, comm: Comm, keep: int, on_error: Literal["stop", "continue"] = "stop") -> None:
+        self._root, self._comm, self._keep, self._on_error = root, comm, keep, on_error
+        self._channel: Comm | None = None  # opened with the first save: ranks may not have met before
+        self._under_way: _Save | None = None
 
-        Args:
-            shared: file name -> tensors, equal on all ranks; rank 0 writes them.
-            rows: this rank's part of the store, or None on every rank.
-            state: JSON-able; rank 0 writes it.
+    def save(self, position: Position, content: Content) -> None:
+        """Collective: copy ``content`` to host memory and begin to write it; waits for the save before.
 
         Raises:
-            RuntimeError, OSError: a rank could not write; on every rank.
+            RuntimeError, OSError: the save before failed, on every rank (on_error "stop").
         """
-        checkpoint = Checkpoint(self._root / f"epoch-{epoch:04d}", epoch)
-        with first_error_everywhere(self._comm):
-            if self._comm.rank == 0:
-                _fresh_directory(checkpoint.path)
-        with first_error_everywhere(self._comm):
-            if rows is not None:
-                name = f"rows-{self._comm.rank:05d}-of-{self._comm.world_size:05d}.safetensors"
-                _write_tensors(checkpoint.path / name, rows)
-            if self._comm.rank == 0:
-                for name, tensors in shared.items():
-                    _write_tensors(checkpoint.path / f"{name}.safetensors", tensors)
-                write_json(checkpoint.path / "state.json", state)
-        with first_error_everywhere(self._comm):
-            if self._comm.rank == 0:
-                write_json(
-                    checkpoint.path / _MARKER,
-                    {"schema": SCHEMA, "torch": torch.__version__, "files": _files(checkpoint.path)},
-                )
-        return checkpoint
+        self.wait()
+        if self._channel is None:
+            self._channel = self._comm.channel()
+        self._under_way = _Save(self._root, position, _on_host(content), comm=self._channel, keep=self._keep)
+        self._under_way.start()
+
+    def wait(self) -> None:
+        """Collective: until nothing is being written.
+
+        Raises:
+            RuntimeError, OSError: a rank could not write; on every rank (on_error "stop").
+        """
+        ended, self._under_way = self._under_way, None
+        if ended is None:
+            return
+        ended.join()
+        if ended.error is None:
+            return
+        if self._on_error == "stop":
+            raise ended.error
+        log.warning("no checkpoint was written: %s. The run goes on (run.on_save_error=continue)", ended.error)
 
     def latest(self) -> Checkpoint | None:
         """The newest complete checkpoint; incomplete ones are passed over."""
-        complete = self._complete()
+        complete = _complete(self._root)
         return complete[-1] if complete else None
 
-    def of_epoch(self, epoch: int) -> Checkpoint:
-        """The complete checkpoint of ``epoch``.
+    def at(self, position: Position) -> Checkpoint:
+        """The complete checkpoint of ``position``.
 
         Raises:
             ValueError: there is none.
         """
-        for checkpoint in self._complete():
-            if checkpoint.epoch == epoch:
+        for checkpoint in _complete(self._root):
+            if checkpoint.position == position:
                 return checkpoint
         raise ValueError(
-            f"{self._root} holds no complete checkpoint of epoch {epoch}: it was deleted, and the rewind needs it"
+            f"{self._root / str(position)} is no complete checkpoint: it was deleted or could not be written, and the "
+            "run needs it"
         )
 
-    def prune(self, pinned: int | None) -> None:
-        """Collective in spirit, local in effect: rank 0 deletes all but the newest ones and that of epoch
-        ``pinned``.
-        """
-        if self._comm.rank != 0:
-            return
-        complete = self._complete()
-        for checkpoint in complete[: -self._keep]:
-            if checkpoint.epoch != pinned:
-                (checkpoint.path / _MARKER).unlink()  # first: what is half deleted must not look complete
-        for folder in self._root.glob("epoch-*"):  # these, and what a killed process left half written or half deleted
-            if not (folder / _MARKER).is_file():
-                shutil.rmtree(folder)
 
-    def _complete(self) -> list[Checkpoint]:
-        folders = [marker.parent for marker in self._root.glob(f"epoch-*/{_MARKER}")]
-        found = [Checkpoint(folder, int(folder.name.removeprefix("epoch-"))) for folder in folders]
-        return sorted(found, key=lambda checkpoint: checkpoint.epoch)
+class _Save(threading.Thread):
+    """One save, in the background of all ranks; afterwards ``error`` is set on all of them or on none."""
+
+    def __init__(self, root: Path, position: Position, content: Content, *, comm: Comm, keep: int) -> None:
+        super().__init__(name=f"save {position}", daemon=True)
+        self._root, self._position, self._content, self._comm, self._keep = root, position, content, comm, keep
+        self._folder = root / str(position)
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._write()
+        except Exception as error:
+            self.error = error
+            if self._comm.rank == 0:
+                shutil.rmtree(self._folder, ignore_errors=True)  # a full disk needs the room
+
+    def _write(self) -> None:
+        with first_error_everywhere(self._comm):
+            if self._comm.rank == 0:
+                _fresh_directory(self._folder)
+        with first_error_everywhere(self._comm):
+            files = self._write_files()
+        entries = self._comm.all_gather_object(files)
+        with first_error_everywhere(self._comm):
+            if self._comm.rank == 0:
+                needs = self._content.needs
+                marker = {
+                    "schema": SCHEMA,
+                    "torch": torch.__version__,
+                    "needs": None if needs is None else [needs.epoch, needs.step],
+                    "files": {name: entry for part in entries for name, entry in part.items()},
+                }
+                write_json(self._folder / _MARKER, marker)
+                _sync_folder(self._folder)
+                _prune(self._root, self._keep)
+
+    def _write_files(self) -> dict[str, dict[str, Any]]:
+        """This rank's files, with size and digest of each."""
+        tensors: dict[str, Mapping[str, Tensor]] = {}
+        if self._content.rows is not None:
+            tensors[f"rows-{self._comm.rank:05d}-of-{self._comm.world_size:05d}"] = self._content.rows
+        if self._comm.rank == 0:
+            tensors |= self._content.shared
+        files = {self._folder / f"{name}.safetensors": parts for name, parts in tensors.items()}
+        for file, parts in files.items():
+            save_file(dict(parts), file)
+            _sync_file(file)
+        written = list(files)
+        if self._comm.rank == 0:
+            write_json(self._folder / "state.json", self._content.state)
+            written.append(self._folder / "state.json")
+        return {file.name: _entry(file) for file in written}
+
+
+def _on_host(content: Content) -> Content:
+    """A copy that training does not change."""
+    return Content(
+        shared={name: _copies(tensors) for name, tensors in content.shared.items()},
+        rows=None if content.rows is None else _copies(content.rows),
+        state=json.loads(json.dumps(content.state)),
+        needs=content.needs,
+    )
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
+def _share(files: list[Path], rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
+    """The even share of ``rank`` of all rows in ``files``, file by file; at least one part, perhaps an empty one."""
+    readers: list[Any] = [safe_open(file, framework="pt") for file in files]
+    sizes = [reader.get_slice("rows").get_shape()[0] for reader in readers]
+    start, stop = rank * sum(sizes) // world_size, (rank + 1) * sum(sizes) // world_size
+    first = 0
+    for reader, size in zip(readers, sizes):
+        low, high = max(start - first, 0), min(stop - first, size)
+        first += size
+        if low < high or reader is readers[-1]:
+            keys = reader.keys()
+            yield {key: reader.get_slice(key)[min(low, high) : high] for key in keys}
+
+
+def _complete(root: Path) -> list[Checkpoint]:
+    """Oldest first."""
+    found = []
+    for marker in root.glob(f"epoch-*/{_MARKER}"):
+        name = _NAME.fullmatch(marker.parent.name)
+        if name:
+            found.append(Checkpoint(marker.parent, Position(int(name[1]), int(name[2]))))
+    return sorted(found, key=lambda checkpoint: checkpoint.position)
+
+
+def _prune(root: Path, keep: int) -> None:
+    """Delete all but the newest checkpoints and those they need, and what a killed process left half written."""
+    complete = _complete(root)
+    needed = {tuple(needs) for kept in complete[-keep:] if (needs := kept.marker()["needs"]) is not None}
+    for checkpoint in complete[:-keep]:
+        position = checkpoint.position
+        if (position.epoch, position.step) not in needed:
+            (checkpoint.path / _MARKER).unlink()  # first: what is half deleted must not look complete
+    for folder in root.glob("epoch-*"):
+        if not (folder / _MARKER).is_file():
+            shutil.rmtree(folder)
 
 
 def _fresh_directory(path: Path) -> None:
@@ -173,16 +301,21 @@ def _fresh_directory(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+def _entry(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "digest": file_digest(file)}
+
+
+def _sync_file(path: Path) -> None:
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
-def _files(path: Path) -> dict[str, dict[str, Any]]:
-    return {file.name: {"bytes": file.stat().st_size, "digest": file_digest(file)} for file in sorted(path.iterdir())}
-
-
-def _empty_like(file: Path) -> dict[str, Tensor]:
-    with safe_open(file, framework="pt") as reader:
-        return {key: reader.get_slice(key)[:0] for key in reader.keys()}  # noqa: SIM118 (not a mapping)
+def _sync_folder(path: Path) -> None:
+    """The names in it, and its own, survive a power cut; where a file system knows no such thing, it needs none."""
+    for folder in (path, path.parent):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -4,7 +4,7 @@
 knows a process group.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -25,11 +25,19 @@ class Comm(Protocol):
     @property
     def world_size(self) -> int: ...
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Collective: the tensors of all ranks, in rank order. Shape and dtype are the same on every rank."""
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Collective: [R, ...], the tensors of all ranks, in rank order. Shape and dtype are the same on every rank."""
+
+    def all_to_all(self, tensor: Tensor, counts: Sequence[int]) -> Tensor:
+        """Collective: the first ``counts[0]`` rows of ``tensor`` go to rank 0, the next to rank 1, and so on; returns
+        what the ranks send to this one, in rank order. Dtype and shape but for axis 0 are the same on every rank.
+        """
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Collective: the sum over ranks, in place; returns ``tensor``."""
+
+    def begin_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Collective: ``all_reduce_sum``, under way while the caller does something else; the result waits for it."""
 
     def all_gather_object(self, value: T) -> list[T]:
         """Collective: small plain values of all ranks, in rank order."""
@@ -39,6 +47,11 @@ class Comm(Protocol):
 
     def barrier(self) -> None:
         """Collective: returns when every rank has come."""
+
+    def channel(self) -> "Comm":
+        """Collective: the same ranks on a channel of its own, for host memory. What runs there, perhaps in another
+        thread, does not get between the collectives of this one.
+        """
 
 
 class Engine(Protocol):
@@ -87,11 +100,17 @@ class SoloComm:
     rank = 0
     world_size = 1
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        return [tensor]
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return tensor[None]
+
+    def all_to_all(self, tensor: Tensor, counts: Sequence[int]) -> Tensor:
+        return tensor
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def begin_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        return lambda: tensor
 
     def all_gather_object(self, value: T) -> list[T]:
         return [value]
@@ -101,6 +120,9 @@ class SoloComm:
 
     def barrier(self) -> None:
         return None
+
+    def channel(self) -> Comm:
+        return self
 
 
 @contextmanager

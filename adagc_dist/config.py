@@ -4,6 +4,7 @@ A recipe (YAML) names any of these keys; dotted overrides name them as ``section
 ``launch.recipe``'s work.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ __all__ = [
     "RunConfig",
     "SpmlConfig",
 ]
+
+_EVERY = re.compile(r"epoch|(?P<count>[1-9]\d*) ?(?P<unit>step|minute)s?")
 
 
 def _check(condition: bool, message: str) -> None:
@@ -188,6 +191,9 @@ class EngineConfig:
     """ddp: DistributedDataParallel, gloo on CPU and NCCL on GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU per rank where there is one."""
+    row_exchange: Literal["all_gather", "all_to_all"] = "all_gather"
+    """How the prediction averages move between epochs: all_gather, every rank sees all rows; all_to_all, each row goes
+    to its next rank only (fewer bytes; pays on many ranks with a slow network)."""
     batchnorm: Literal["local", "sync"] = "local"
     """local: a rank normalises by its own slot, running statistics are averaged over ranks; sync: by the whole step
     (exact, slower).
@@ -207,11 +213,44 @@ class RunConfig:
     eval_block: int = 256
     """Patches per evaluation batch; results do not depend on the number of ranks, but on this in the last digits."""
     keep_checkpoints: int = 2
-    """Newest epoch checkpoints kept, beside the one that a rewind may need."""
+    """Newest checkpoints kept, beside the one that a rewind may need."""
+    checkpoint_every: str = "15 minutes"
+    """Between the checkpoints at each epoch's end: `500 steps`, `15 minutes`, or `epoch` for no more than those."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """A checkpoint that cannot be written (disk full): stop the run, or tell and go on; the last good one stays."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: the same command again continues from the newest checkpoint; never: refuse a folder that holds one."""
+    max_minutes: float | None = None
+    """Save and stop when the run has lasted so long, e.g. shortly before a job's time limit; null is no limit."""
+    stop_seconds: float = 120.0
+    """After a stop is asked for: end by force if the step or the save hangs for so long."""
+    sanity_every: int = 500
+    """Steps between checks that student and teacher are finite and equal on all ranks; 0 is off."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "eval_block", "keep_checkpoints"):
             _check(getattr(self, name) >= 1, f"run.{name}={getattr(self, name)} must be at least 1")
+        _check(
+            _EVERY.fullmatch(self.checkpoint_every) is not None,
+            f"run.checkpoint_every={self.checkpoint_every} must be like `500 steps`, `15 minutes` or `epoch`",
+        )
+        _check(self.max_minutes is None or self.max_minutes > 0, f"run.max_minutes={self.max_minutes} must be positive")
+        _check(self.stop_seconds > 0, f"run.stop_seconds={self.stop_seconds} must be positive")
+        _check(self.sanity_every >= 0, f"run.sanity_every={self.sanity_every} must not be negative (0 is off)")
+
+    @property
+    def checkpoint_steps(self) -> int | None:
+        """Steps between checkpoints, if they are counted in steps."""
+        return self._every("step")
+
+    @property
+    def checkpoint_minutes(self) -> int | None:
+        """Minutes between checkpoints, if they are counted in minutes."""
+        return self._every("minute")
+
+    def _every(self, unit: str) -> int | None:
+        found = _EVERY.fullmatch(self.checkpoint_every)
+        return int(found["count"]) if found and found["unit"] == unit else None
 
 
 @dataclass(frozen=True, kw_only=True)

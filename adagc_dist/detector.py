@@ -89,6 +89,11 @@ class EarlyLearningDetector:
         """The epoch, counted from 0, whose observation fired; None before."""
         return self._fired_epoch
 
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch that a rewind would go back to now; None before the first observation."""
+        return self._best_epoch if self._values else None
+
     def observe(self, noisy_map: float, replicates: Sequence[float] | NDArray[np.float64]) -> Verdict:
         """Take in the next epoch.
 

@@ -1,7 +1,7 @@
 """What a step leaves to be reported, summed on the device: nothing here makes the host wait until it is asked to."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -32,6 +32,24 @@ class Meter:
         self._norm = torch.zeros((), device=self._device)
         self._steps, self._rows, self._waited = 0, 0, 0.0
         self._start = time.perf_counter()
+
+    def state(self) -> list[float]:
+        """This rank's sums; waits for the device."""
+        sums = torch.cat([self._losses, self._counts, self._norm[None]]).double().tolist()
+        return [*sums, self._steps, self._rows, self._waited, time.perf_counter() - self._start]
+
+    def load_state(self, states: Sequence[Sequence[float]]) -> None:
+        """Go on with the sums of all ranks that saved: each its own where their number is the same; where it is not,
+        rank 0 has what was summed over them (the means over ranks stay, but for rounding).
+        """
+        rank, same = self._comm.rank, len(states) == self._comm.world_size
+        summed = [sum(values) if rank == 0 else 0.0 for values in zip(*states)]
+        own = list(states[rank] if same else summed)
+        own[5], own[6], own[9] = states[0][5], states[0][6], states[0][9]  # of steps: the same on all ranks
+        sums = torch.tensor(own[:6], dtype=torch.float64).float().to(self._device)
+        self._losses, self._counts, self._norm = sums[:2].clone(), sums[2:5].clone(), sums[5].clone()
+        self._steps, self._rows, self._waited = int(own[6]), int(own[7]), own[8]
+        self._start = time.perf_counter() - own[9]
 
     def add(self, losses: Losses, rows: int) -> None:
         """One micro-batch of this rank."""

@@ -1,5 +1,6 @@
 """Scores of a whole split, in fixed blocks dealt to the ranks: the same digits for any number of ranks."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from adagc_dist.comm import Comm, first_error_everywhere
 from adagc_dist.pixels import Pixels
-from sharding.loader import BatchReader
+from sharding.loader import Batch, BatchReader
 from sharding.plan import Slot, evaluation_blocks
 
 __all__ = ["Scores", "SplitScorer", "check_bad_rows"]
@@ -74,11 +75,18 @@ class SplitScorer:
         self._max_bad_fraction, self._staged = max_bad_fraction, staged
 
     @torch.no_grad()
-    def score(self, model: nn.Module, *, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> "Scores":
+    def score(
+        self,
+        model: nn.Module,
+        *,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+        after_block: Callable[[], None] = lambda: None,
+    ) -> "Scores":
         """The model's probabilities for rows 0..N-1, the same on every rank.
 
-        Collective: one all-gather at the end. Each block is one batch whichever rank computes it, and on a CPU by one
-        thread: how many threads share a sum decides its last digits. More ranks make it faster.
+        Collective: one all-gather at the end, and ``after_block`` equally often on every rank. Each block is one batch
+        whichever rank computes it, and on a CPU by one thread: how many threads share a sum decides its last digits.
+        More ranks make it faster.
         """
         model.eval()
         blocks = evaluation_blocks(self._num_rows, self._block, rank=self._comm.rank, world_size=self._comm.world_size)
@@ -88,28 +96,39 @@ class SplitScorer:
         ]
         parts = []
         with _one_thread() if self._device.type == "cpu" else nullcontext():
-            for batch in progress(self._loader.read(slots, self._staged)):
-                images = self._pixels(batch.to(self._device).groups)
-                with self._autocast():
-                    logits_BC = model(images)
-                read_B = torch.from_numpy(~batch.failed).to(self._device)
-                parts.append(torch.cat([logits_BC.float().sigmoid(), read_B[:, None]], dim=1))
+            batches = iter(progress(self._loader.read(slots, self._staged)))
+            for _ in range(self._num_rounds):
+                batch = next(batches, None)  # in the last round some ranks have none
+                if batch is not None:
+                    parts.append(self._score_block(model, batch))
+                after_block()
         gathered = self._assemble(parts)
         scores = Scores(np.ascontiguousarray(gathered[:, :-1]), gathered[:, -1] > 0)
         check_bad_rows(int((~scores.read_N).sum()), self._num_rows, self._max_bad_fraction, self._comm)
         return scores
 
+    def _score_block(self, model: nn.Module, batch: Batch) -> Tensor:
+        """float32 [B, C + 1]: probabilities, and 1 where the row could be read."""
+        images = self._pixels(batch.to(self._device).groups)
+        with self._autocast():
+            logits_BC = model(images)
+        read_B = torch.from_numpy(~batch.failed).to(self._device)
+        return torch.cat([logits_BC.float().sigmoid(), read_B[:, None]], dim=1)
+
+    @property
+    def _num_rounds(self) -> int:
+        """Blocks of the rank that has the most."""
+        return math.ceil(math.ceil(self._num_rows / self._block) / self._comm.world_size)
+
     def _assemble(self, parts: list[Tensor]) -> NDArray[np.float32]:
         """float32 [N, C + 1]. Blocks of rank r are r, r + R, r + 2R, ...: padded to equal shapes, gathered once, put in
         place.
         """
-        num_blocks = -(-self._num_rows // self._block)
-        rounds = -(-num_blocks // self._comm.world_size)
         width = self._comm.all_gather_object(parts[0].shape[1] if parts else 0)
-        local = torch.zeros((rounds, self._block, max(width)), device=self._device)
+        local = torch.zeros((self._num_rounds, self._block, max(width)), device=self._device)
         for number, part in enumerate(parts):
             local[number, : len(part)] = part
-        gathered = torch.stack(self._comm.all_gather(local), dim=1)  # [rounds, R, block, C]: block b = (b // R, b % R)
+        gathered = self._comm.all_gather(local).transpose(0, 1)  # [rounds, R, block, C]: block b = (b // R, b % R)
         return gathered.flatten(0, 2)[: self._num_rows].cpu().numpy()
 
 

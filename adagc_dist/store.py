@@ -2,8 +2,8 @@
 
 Every row of the split is read once an epoch, by one rank; so its value lives with that rank, ``blend`` is local, and
 nothing is exchanged in a step (DESIGN decision 4). Between epochs ``sync`` moves each row to the rank that reads it
-next, through all-gathers of bounded chunks. A table sharded over any number of ranks is bit-identical to the table of
-one process: values move, they are never summed.
+next, in rounds of bounded memory and in place: the table is never held twice. A table sharded over any number of ranks
+is bit-identical to the table of one process: values move, they are never summed.
 
 A rank keeps its rows in the order in which it reads them, so the rows of a batch are one contiguous slice of the table.
 """
@@ -16,48 +16,73 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adagc_dist.comm import Comm
+from adagc_dist.exchange import Exchange, RowOwners, Rows, make_exchange
 
 __all__ = ["PredictionStore", "RowStore"]
 
 _WRITTEN = 1 << 14  # marks: this bit says that the row was ever written, the lower ones count its visits in this epoch
-# per rank and all-gather: large enough for full bandwidth, and world_size of them still fit beside the model
-_CHUNK_BYTES = 8 << 20
+_PASS_BYTES = 8 << 20  # of the table that is copied at once where all of it is looked at or moved
 
 
 class RowStore:
-    """float32 [n, width] of the n rows this rank owns, and int16 [n] marks: 4 width + 2 bytes a row.
+    """[n, width] of the n rows this rank owns, and int16 [n] marks: in float32 4 width + 2 bytes a row.
 
     Keep it outside any module: as a buffer, DDP would broadcast rank 0's rows over all others.
+
+    Args:
+        num_rows: N of the split.
+        width: values per row.
+        dtype: of the values; any.
+        exchange: how rows change owners, all_gather or all_to_all (``adagc_dist.exchange``).
     """
 
-    def __init__(self, num_rows: int, width: int, *, comm: Comm, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        width: int,
+        *,
+        comm: Comm,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        exchange: str = "all_gather",
+    ) -> None:
         self.num_rows, self.width = num_rows, width
-        self._comm, self._device = comm, device
-        self._rows = np.empty(0, dtype=np.int32)  # owned rows, in reading order
-        self._slot_of_N = np.full(num_rows, -1, dtype=np.int32)  # row -> place in the table, -1: another rank's
-        self.values = torch.empty((0, width), dtype=torch.float32, device=device)
+        self._comm, self._device, self._dtype, self._exchange = comm, device, dtype, exchange
+        self._size = 0  # rows owned; the table may have more places
+        self._row_of = np.empty(0, dtype=np.int32)  # place -> row, -1: free
+        self._place_of_N = np.full(num_rows, -1, dtype=np.int32)  # row -> place, -1: another rank's
+        self._table = torch.empty((0, width), dtype=dtype, device=device)
         self._marks = torch.empty(0, dtype=torch.int16, device=device)
 
     @property
     def rows(self) -> NDArray[np.int32]:
         """int32 [n]: the rows owned, in the order of ``values``."""
-        return self._rows
+        return self._row_of[: self._size]
 
-    def home(self, rows: NDArray[np.int32]) -> None:
-        """Start with these rows, never written. Together the ranks name every row once."""
-        self._assign(rows)
-        self.values = torch.zeros((len(rows), self.width), dtype=torch.float32, device=self._device)
-        self._marks = torch.zeros(len(rows), dtype=torch.int16, device=self._device)
+    @property
+    def values(self) -> Tensor:
+        """[n, width]: a view of the table."""
+        return self._table[: self._size]
 
     @property
     def visits(self) -> Tensor:
-        """int16 [n]: how often each row was written since the last ``sync``."""
-        return self._marks & (_WRITTEN - 1)
+        """int16 [n]: how often each row was written in this epoch."""
+        return self._marks[: self._size] & (_WRITTEN - 1)
 
     @property
     def written(self) -> Tensor:
         """bool [n]: whether each row was ever written."""
-        return self._marks >= _WRITTEN
+        return self._marks[: self._size] >= _WRITTEN
+
+    def home(self, owners: RowOwners) -> None:
+        """Start with this rank's rows of ``owners``, never written."""
+        self._own(owners.rank_rows(self._comm.rank))
+        self._table.zero_()
+        self._marks.zero_()
+
+    def begin_epoch(self) -> None:
+        """Visits are counted from 0 again."""
+        self._marks.bitwise_and_(_WRITTEN)
 
     def locate(self, rows: NDArray[np.int32]) -> slice | Tensor:
         """Where the rows lie in ``values``: a slice if they are consecutive (as in training), else an index on the
@@ -66,7 +91,7 @@ class RowStore:
         Raises:
             KeyError: a row is owned by another rank.
         """
-        places = self._slot_of_N[rows]
+        places = self._place_of_N[rows]
         if len(places) == 0 or places.min() < 0:
             missing = rows[places < 0][:3].tolist()
             raise KeyError(
@@ -75,85 +100,143 @@ class RowStore:
         first = int(places[0])
         if np.array_equal(places, np.arange(first, first + len(places))):
             return slice(first, first + len(places))
-        return torch.from_numpy(places.astype(np.int64)).to(self._device, non_blocking=True)
+        return self._index(places)
 
-    def sync(self, next_rows: NDArray[np.int32]) -> None:
-        """Move rows so that this rank owns ``next_rows``, in that order; visits start again from 0.
+    def sync(self, owners: RowOwners) -> None:
+        """Move rows so that this rank owns ``owners.rank_rows(rank)``, in that order. Values and marks are unchanged.
 
-        Collective: all ranks call it, and together they name every row once. Received bytes per rank: N*(4 width +
-            6)*(R-1)/R.
+        Collective. In place: beside the table a few buffers of some MB (``exchange``), and whatever this rank receives
+        before it has sent as much, which for permuted rows is of the order of sqrt(n) rows.
 
         Raises:
             RuntimeError: a row that this rank asked for was owned by none.
         """
-        target = np.full(self.num_rows, -1, dtype=np.int32)
-        target[next_rows] = np.arange(len(next_rows), dtype=np.int32)
-        values = torch.empty((len(next_rows), self.width), dtype=torch.float32, device=self._device)
-        marks = torch.zeros(len(next_rows), dtype=torch.int16, device=self._device)
-        received = 0
-        for rows, chunk_values, chunk_marks in self._exchange():
-            places = target[rows]
-            wanted = np.flatnonzero(places >= 0)
-            source = torch.from_numpy(wanted).to(self._device)
-            destination = torch.from_numpy(places[wanted].astype(np.int64)).to(self._device)
-            values.index_copy_(0, destination, chunk_values.index_select(0, source))
-            marks.index_copy_(0, destination, chunk_marks.index_select(0, source))
-            received += len(wanted)
-        if received != len(next_rows):
-            raise RuntimeError(
-                f"rank {self._comm.rank} received {received} of {len(next_rows)} rows: "
-                "the ranks' rows do not cover the split"
-            )
-        self._assign(next_rows)
-        self.values, self._marks = values, marks & _WRITTEN
+        next_rows = owners.rank_rows(self._comm.rank)
+        self._reserve(len(next_rows))
+        if self._comm.world_size > 1:
+            value_bytes = self.width * self._table.element_size()
+            self._trade(make_exchange(self._exchange, self._comm, owners, self.num_rows, value_bytes))
+        self._arrange(next_rows)
 
-    def _exchange(self) -> Iterator[tuple[NDArray[np.int32], Tensor, Tensor]]:
-        """Collective: every rank's (rows, values, marks), chunk by chunk."""
-        owned = self._comm.all_gather_object(len(self._rows))
-        chunk = max(1, _CHUNK_BYTES // (4 * self.width + 6))
-        rows = torch.from_numpy(self._rows).to(self._device)
-        for start in range(0, max(owned), chunk):
-            length = min(chunk, max(owned) - start)
-            pieces = [_padded(part[start : start + length], length) for part in (rows, self.values, self._marks)]
-            gathered = [self._comm.all_gather(piece) for piece in pieces]
-            for rank, count in enumerate(owned):
-                size = min(length, max(0, count - start))
-                if size:
-                    yield (gathered[0][rank][:size].cpu().numpy(), gathered[1][rank][:size], gathered[2][rank][:size])
+    def _trade(self, exchange: Exchange) -> None:
+        """Collective: give all rows away and take those that are ours, into places that have become free."""
+        free = np.flatnonzero(self._row_of < 0)
+        waiting = self._read(slice(0, 0))
+        largest = max(1, *self._comm.all_gather_object(self._size))
+        length = -(-largest // -(-largest // exchange.most))  # rounds of equal length
+        for start in range(0, largest, length):
+            given = slice(min(start, self._size), min(start + length, self._size))
+            waiting = waiting.followed_by(exchange.trade(self._read(given), length))
+            self._row_of[given] = -1
+            free = np.concatenate([free, np.arange(given.start, given.stop)])
+            count = min(len(free), len(waiting))
+            self._write(free[:count], waiting.cut(0, count))
+            free, waiting = free[count:], waiting.cut(count)
+        assert not len(waiting), "the table has a place for every row that this rank owns"
+        self._size = len(self._row_of)
 
-    def _assign(self, rows: NDArray[np.int32]) -> None:
-        self._slot_of_N.fill(-1)
-        self._slot_of_N[rows] = np.arange(len(rows), dtype=np.int32)
-        self._rows = rows.copy()
+    def _arrange(self, next_rows: NDArray[np.int32]) -> None:
+        """Bring ``next_rows`` to places 0 to n-1, in that order: who stands in the way goes to where they came from."""
+        self._find_places()
+        for part in self._passes(len(next_rows)):
+            wanted, places = next_rows[part], np.arange(part.start, part.stop)
+            sources = self._place_of_N[wanted]
+            if sources.min() < 0:
+                missing = wanted[sources < 0]
+                raise RuntimeError(
+                    f"rank {self._comm.rank} asked for rows that no rank owned, {missing[:3].tolist()} for example: "
+                    "the ranks' rows do not cover the split"
+                )
+            if np.array_equal(sources, places):
+                continue
+            vacated = sources[(sources < part.start) | (sources >= part.stop)]
+            evicted = np.setdiff1d(places, sources, assume_unique=True)
+            coming, going = self._read(sources), self._read(evicted)
+            self._write(part, coming)
+            self._write(vacated, going)
+            self._place_of_N[wanted] = places
+            moved = going.numbers >= 0
+            self._place_of_N[going.numbers[moved]] = vacated[moved]
+        self._size = len(next_rows)
+        self._row_of[self._size :] = -1
+        self._find_places()
 
     def state(self) -> dict[str, Tensor]:
-        """This rank's rows as tensors: rows int32 [n], values float32 [n, width], marks int16 [n]."""
-        rows = torch.from_numpy(self._rows)
-        return {"rows": rows, "values": self.values, "marks": self._marks}
+        """This rank's rows: rows int32 [n], values [n, width], marks int16 [n]; views, not copies."""
+        return {"rows": torch.from_numpy(self.rows), "values": self.values, "marks": self._marks[: self._size]}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Own the rows of ``state``, whatever was owned before; together the ranks' states name every row once."""
-        self._assign(state["rows"].cpu().numpy())
-        self.values = state["values"].to(self._device).clone()
-        self._marks = state["marks"].to(self._device).clone()
+        self._own(state["rows"].cpu().numpy())
+        self.values.copy_(state["values"])
+        self._marks[: self._size].copy_(state["marks"])
 
     def check_visited_once(self, skipped: int = 0) -> None:
-        """Every row of the split was written exactly once since the last ``sync``, less ``skipped`` rows over all
-        ranks.
+        """Every row of the split was written exactly once in this epoch, less ``skipped`` rows over all ranks.
 
         Collective.
 
         Raises:
             RuntimeError: rows were written twice or not at all; the message counts them.
         """
-        visits = self.visits
-        counts = torch.stack([(visits == 0).sum(), (visits > 1).sum()])
+        counts = torch.zeros(2, dtype=torch.int64, device=self._device)
+        for part in self._passes(self._size):
+            visits = self._marks[part] & (_WRITTEN - 1)
+            counts += torch.stack([(visits == 0).sum(), (visits > 1).sum()])
         missed, repeated = self._comm.all_reduce_sum(counts).tolist()
         if missed != skipped or repeated:
             raise RuntimeError(
                 f"of {self.num_rows} rows the epoch wrote {repeated} more than once and left out {missed} "
                 f"(reported skips: {skipped}): plan and store disagree"
             )
+
+    def _own(self, rows: NDArray[np.int32]) -> None:
+        """These rows at places 0 to n-1, their values undefined."""
+        self._reserve(len(rows))
+        self._size = len(rows)
+        self._row_of[: len(rows)] = rows  # perhaps the same memory
+        self._row_of[len(rows) :] = -1
+        self._find_places()
+
+    def _reserve(self, size: int) -> None:
+        """Places for ``size`` rows. How many rows a rank owns is the same in every epoch: this copies at most once."""
+        more = size - len(self._row_of)
+        if more <= 0:
+            return
+        self._row_of = np.concatenate([self._row_of, np.full(more, -1, dtype=np.int32)])
+        table, marks = self._table.new_empty((size, self.width)), self._marks.new_empty(size)
+        table[:-more], marks[:-more] = self._table, self._marks
+        self._table, self._marks = table, marks
+
+    def _find_places(self) -> None:
+        self._place_of_N.fill(-1)
+        for part in self._passes(len(self._row_of)):
+            rows, places = self._row_of[part], np.arange(part.start, part.stop, dtype=np.int32)
+            self._place_of_N[rows[rows >= 0]] = places[rows >= 0]
+
+    def _passes(self, size: int) -> Iterator[slice]:
+        """``size`` places, in parts of bounded bytes."""
+        step = max(1, _PASS_BYTES // (self.width * self._table.element_size() + 2))
+        return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+    def _read(self, places: slice | NDArray[np.signedinteger]) -> Rows:
+        """A copy of the rows at ``places``; of a slice, a view."""
+        if isinstance(places, slice):
+            return Rows(self._row_of[places], self._table[places], self._marks[places])
+        index = self._index(places)
+        return Rows(self._row_of[places], self._table.index_select(0, index), self._marks.index_select(0, index))
+
+    def _write(self, places: slice | NDArray[np.signedinteger], rows: Rows) -> None:
+        self._row_of[places] = rows.numbers
+        if isinstance(places, slice):
+            self._table[places], self._marks[places] = rows.values, rows.marks
+            return
+        index = self._index(places)
+        self._table.index_copy_(0, index, rows.values)
+        self._marks.index_copy_(0, index, rows.marks)
+
+    def _index(self, places: NDArray[np.signedinteger]) -> Tensor:
+        return torch.from_numpy(places.astype(np.int64)).to(self._device, non_blocking=True)
 
 
 class PredictionStore(RowStore):
@@ -162,8 +245,17 @@ class PredictionStore(RowStore):
     The first prediction of a row is taken as it is (method.md 7.1), so no bias correction is needed.
     """
 
-    def __init__(self, num_rows: int, num_classes: int, *, momentum: float, comm: Comm, device: torch.device) -> None:
-        super().__init__(num_rows, num_classes, comm=comm, device=device)
+    def __init__(
+        self,
+        num_rows: int,
+        num_classes: int,
+        *,
+        momentum: float,
+        comm: Comm,
+        device: torch.device,
+        exchange: str = "all_gather",
+    ) -> None:
+        super().__init__(num_rows, num_classes, comm=comm, device=device, exchange=exchange)
         self.momentum = momentum
 
     def blend(self, rows: NDArray[np.int32], probs_BC: Tensor, *, read_B: Tensor | None = None) -> Tensor:
@@ -171,7 +263,7 @@ class PredictionStore(RowStore):
         sync. Rows that ``read_B`` (bool [B]) leaves out are not touched.
         """
         place = self.locate(rows)
-        old, marks = self.values[place], self._marks[place]
+        old, marks = self._table[place], self._marks[place]
         seen = marks >= _WRITTEN
         weight = torch.where(seen, 1.0 - self.momentum, 1.0)[:, None]
         new = old + weight * (probs_BC.detach().float() - old)
@@ -180,15 +272,6 @@ class PredictionStore(RowStore):
         counted = (marks | _WRITTEN) + 1
         if read_B is not None:
             new, counted = torch.where(read_B[:, None], new, old), torch.where(read_B, counted, marks)
-        self.values[place] = new
+        self._table[place] = new
         self._marks[place] = counted
         return new
-
-
-def _padded(part: Tensor, length: int) -> Tensor:
-    """``part`` extended to ``length`` along axis 0, so that all ranks gather equal shapes; the rest is never read."""
-    if len(part) == length:
-        return part.contiguous()
-    padded = part.new_zeros((length, *part.shape[1:]))
-    padded[: len(part)] = part
-    return padded

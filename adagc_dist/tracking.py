@@ -25,8 +25,11 @@ class Tracker(Protocol):
     def status(self, state: str, **details: Any) -> None:
         """Overwrite status.json: state is running, stopped, finished or failed."""
 
+    def flush(self) -> None:
+        """What was reported so far survives this process: a resume does not report it again."""
+
     def close(self) -> None:
-        """Flush."""
+        """Flush and end."""
 
 
 class NullTracker:
@@ -39,6 +42,9 @@ class NullTracker:
         return None
 
     def status(self, state: str, **details: Any) -> None:
+        return None
+
+    def flush(self) -> None:
         return None
 
     def close(self) -> None:
@@ -73,6 +79,9 @@ class RunTracker:
 
     def status(self, state: str, **details: Any) -> None:
         write_json(self._run / "status.json", {"state": state} | details)
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

@@ -1,16 +1,17 @@
 """The training loop: epochs of planned steps, validation, the detector's verdict, checkpoints, and the rewind at the
-trigger.
+trigger. It may stop after any step and go on there, on any number of ranks.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from adagc_dist.checkpoint import Checkpoint, CheckpointStore
+from adagc_dist.agreement import Agreement, Stopped
+from adagc_dist.checkpoint import Checkpoint, CheckpointStore, Content, Position
 from adagc_dist.comm import Comm, Engine, first_error_everywhere
 from adagc_dist.config import Config
 from adagc_dist.detector import EarlyLearningDetector, Verdict
@@ -18,6 +19,7 @@ from adagc_dist.feed import Feed
 from adagc_dist.meter import Meter
 from adagc_dist.methods import Method, Phase
 from adagc_dist.predict import check_bad_rows
+from adagc_dist.sanity import check_sanity
 from adagc_dist.schedule import learning_rate
 from adagc_dist.teacher import EmaTeacher
 from adagc_dist.tracking import NullTracker, Tracker
@@ -27,7 +29,7 @@ from sharding.plan import EpochPlan
 from sharding.progress import Progress
 from sharding.rng import derive_seed
 
-__all__ = ["Moment", "Trainer", "check_same_data"]
+__all__ = ["Moment", "Trainer", "check_same_data", "check_same_order"]
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,8 @@ class Moment:
     """Where a run stands; saved whole with every checkpoint.
 
     Attributes:
-        epoch: the next one to train, from 0.
+        epoch: the one in training, from 0.
+        epoch_step: its steps that are done; all of them, if it is not validated yet.
         step: steps taken over the whole run; never goes back, not even at a rewind (DESIGN decision 10).
         trigger_epoch: the epoch after which the detector fired, or None.
         best_epoch: the epoch a rewind went back to, or None.
@@ -46,11 +49,16 @@ class Moment:
     """
 
     epoch: int = 0
+    epoch_step: int = 0
     step: int = 0
     trigger_epoch: int | None = None
     best_epoch: int | None = None
     decay_from: int | None = None
     calibrating: bool = False
+
+    @property
+    def position(self) -> Position:
+        return Position(self.epoch, self.epoch_step)
 
 
 @dataclass(kw_only=True)
@@ -68,72 +76,112 @@ class Trainer:
     detector: EarlyLearningDetector
     checkpoints: CheckpointStore
     plan: Callable[[int], EpochPlan]
+    agreement: Agreement
     data: Mapping[str, Any]
     """What a checkpoint must agree with to be resumed: classes, bands, digest of the shards."""
+    order: Mapping[str, Any]
+    """Settings that a checkpoint in mid-epoch must agree with: what the order of its rows depends on."""
     moment: Moment = field(default_factory=Moment)
     tracker: Tracker = field(default_factory=NullTracker)
     """Silent until the run's folder has been claimed."""
 
     def __post_init__(self) -> None:
         self._meter = Meter(self.engine.device, self.comm)
+        self._epoch_meter = Meter(self.engine.device, self.comm)
         self._bad_rows = 0  # of this rank, in this epoch
+        self._saved: Position | None = None  # the newest checkpoint
 
     def run(self) -> None:
         """Train from ``moment`` to the last epoch.
 
         Collective: every rank runs the same steps and decides alike.
+
+        Raises:
+            Stopped: somebody asked for it; a checkpoint of this moment is written.
         """
-        while self.moment.epoch < self.config.optim.epochs:
-            epoch = self.moment.epoch
-            self.tracker.status("running", epoch=epoch, step=self.moment.step)
-            report = self._train_epoch(self.plan(epoch))
-            self._hand_rows_on(epoch + 1)
-            validation = self.validator.measure(self.teacher.model)
-            verdict = self.detector.observe(validation.noisy_map, validation.replicates)
-            self._report(epoch, report, validation, verdict)
-            self.moment.epoch += 1
-            if verdict.fired:
-                self._trigger(epoch, verdict.best_epoch)
-            self._save(epoch)
-            self.checkpoints.prune(
-                None if verdict.fired or self.moment.trigger_epoch is not None else verdict.best_epoch
-            )
+        try:
+            while self.moment.epoch < self.config.optim.epochs:
+                self._run_epoch(self.moment.epoch)
+        except Stopped:
+            if self._saved != self.moment.position:
+                self._save()
+            self.checkpoints.wait()
+            raise
+        self.checkpoints.wait()
 
     def start(self) -> None:
         """Begin a new run: each row of the store lives where the first epoch reads it."""
         if self.config.detector.rule == "never":
             self.moment.decay_from = 0
         if self.method.store is not None:
-            self.method.store.home(self.plan(0).rank_rows(self.comm.rank))
+            self.method.store.home(self.plan(0))
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Collective: go on after ``checkpoint``, on any number of ranks."""
         with first_error_everywhere(self.comm):
             state = checkpoint.state()
             check_same_data(state["data"], self.data, checkpoint.path)
+            if checkpoint.position.step:
+                check_same_order(state["order"], self.order, checkpoint.path)
         self.moment = Moment(**state["moment"])
         self.detector = EarlyLearningDetector.from_state(state["detector"])
         self._load_learned(checkpoint)
+        self._load_sums(state["sums"])
+        self._saved = checkpoint.position
+
+    def _run_epoch(self, epoch: int) -> None:
+        """What is left of an epoch: its steps, validation and what follows from it, and the checkpoint at its end."""
+        self.tracker.status("running", epoch=epoch, step=self.moment.step)
+        report = self._train_epoch(self.plan(epoch))
+        validation = self.validator.measure(self.teacher.model, after_block=self.agreement.check)
+        verdict = self.detector.observe(validation.noisy_map, validation.replicates)
+        self._report(epoch, report, validation, verdict)
+        self.moment.epoch, self.moment.epoch_step = epoch + 1, 0
+        if not (verdict.fired and self._trigger(epoch, verdict.best_epoch)):
+            self._home_rows()
+        self._begin_epoch()
+        self._save()
 
     def _train_epoch(self, plan: EpochPlan) -> dict[str, float]:
-        epoch_meter = Meter(self.engine.device, self.comm)
-        self._meter.reset()
-        self._bad_rows = 0
-        batches = self._meter.waiting(epoch_meter.waiting(self.loader.read(plan.slots(self.comm.rank), plan.staged)))
+        """The epoch's remaining steps, and what they add up to."""
+        slots = plan.slots(self.comm.rank, self.moment.epoch_step)
+        batches = self._meter.waiting(self._epoch_meter.waiting(self.loader.read(slots, plan.staged)))
         with self._progress(plan) as show:
-            for step in range(plan.num_steps):
-                self._train_step(batches, plan, epoch_meter)
-                show(plan.rows_before(step + 1))
-                if self.moment.step % self.config.run.log_every == 0:
-                    self._count_skipped(plan)  # too many need not wait for the epoch's end
-                    self.tracker.scalars(self._meter.read() | {"learning_rate": self._rate(plan)}, self.moment.step)
-                    self._meter.reset()
+            show(plan.rows_before(self.moment.epoch_step))
+            while self.moment.epoch_step < plan.num_steps:
+                self._train_step(batches, plan)
+                show(plan.rows_before(self.moment.epoch_step))
+                self._after_step(plan)
         skipped = self._count_skipped(plan)
         if skipped:
             log.warning("epoch %d: %d of %d rows could not be read", plan.epoch + 1, skipped, plan.num_rows)
         if self.method.store is not None:
             self.method.store.check_visited_once(skipped)
-        return epoch_meter.read() | {"data/skipped_rows": float(skipped)}
+        return self._epoch_meter.read() | {"data/skipped_rows": float(skipped)}
+
+    def _after_step(self, plan: EpochPlan) -> None:
+        """What does not happen in every step: points for the curves, a look at the ranks' sanity, a checkpoint."""
+        run, step = self.config.run, self.moment.step
+        if step % run.log_every == 0:
+            self._count_skipped(plan)  # too many need not wait for the epoch's end
+            self.tracker.scalars(self._meter.read() | {"learning_rate": self._rate(plan)}, step)
+            self._meter.reset()
+        if run.sanity_every and step % run.sanity_every == 0:
+            models = {"student": self.engine.student.state_dict(), "teacher": self.teacher.model.state_dict()}
+            check_sanity(models, self.comm, step)
+        answer = self.agreement.answer()
+        self.agreement.obey(answer)
+        due = answer.save or (run.checkpoint_steps is not None and step % run.checkpoint_steps == 0)
+        if due and self.moment.epoch_step < plan.num_steps:  # the epoch's end has a checkpoint of its own
+            self._save()
+
+    def _begin_epoch(self) -> None:
+        """Nothing of the epoch is done yet."""
+        self._meter.reset()
+        self._epoch_meter.reset()
+        self._bad_rows = 0
+        if self.method.store is not None:
+            self.method.store.begin_epoch()
 
     def _count_skipped(self, plan: EpochPlan) -> int:
         """Collective: rows of the epoch so far that could not be read, over all ranks; too many stop the run."""
@@ -142,7 +190,7 @@ class Trainer:
         check_bad_rows(skipped, plan.num_rows, self.config.data.max_bad_fraction, self.comm)
         return skipped
 
-    def _train_step(self, batches: Iterator[Batch], plan: EpochPlan, epoch_meter: Meter) -> None:
+    def _train_step(self, batches: Iterator[Batch], plan: EpochPlan) -> None:
         """One update of the student, and the teacher after it."""
         for micro in range(plan.accumulation):
             found = next(batches)
@@ -151,12 +199,14 @@ class Trainer:
             torch.manual_seed(derive_seed(self.config.run.seed, "dropout", self.moment.step, micro, self.comm.rank))
             losses = self.method.losses(batch, self._phase)
             self.engine.backward(losses.total, last=micro == plan.accumulation - 1)
-            for meter in (self._meter, epoch_meter):
+            for meter in (self._meter, self._epoch_meter):
                 meter.add(losses, len(batch.rows))
+        self.agreement.ask()  # the answer is on its way while the weights move
         norm = self.engine.step(self._rate(plan))
         self.moment.step += 1
+        self.moment.epoch_step += 1
         self.teacher.update(self.moment.step)
-        for meter in (self._meter, epoch_meter):
+        for meter in (self._meter, self._epoch_meter):
             meter.step(norm)
 
     @property
@@ -174,26 +224,37 @@ class Trainer:
             decay_from=self.moment.decay_from,
         )
 
-    def _hand_rows_on(self, epoch: int) -> None:
+    def _home_rows(self) -> None:
+        """Collective: the store's rows go to the ranks that read them in the present epoch."""
         if self.method.store is not None:
-            self.method.store.sync(self.plan(epoch).rank_rows(self.comm.rank))
+            self.method.store.sync(self.plan(self.moment.epoch))
 
-    def _trigger(self, epoch: int, best_epoch: int) -> None:
+    def _trigger(self, epoch: int, best_epoch: int) -> bool:
         """The warm-up ends: the learning rate decays from here on, and a method that calibrates goes back to the best
-        epoch.
+        epoch. Returns whether it went back.
         """
         self.moment.trigger_epoch, self.moment.decay_from = epoch, self.moment.step
-        if not self.method.calibrates:
-            return
-        self.moment.calibrating = True
-        if self.config.detector.rewind and best_epoch != epoch:
-            self.moment.best_epoch = best_epoch
-            self._load_learned(self.checkpoints.of_epoch(best_epoch))
-            log.info("rewound weights, optimiser and prediction averages to the end of epoch %d", best_epoch + 1)
+        self.moment.calibrating = self.method.calibrates
+        if not self.method.calibrates or not self.config.detector.rewind or best_epoch == epoch:
+            return False
+        self.moment.best_epoch = best_epoch
+        self.checkpoints.wait()  # it may be the one that is being written
+        with first_error_everywhere(self.comm):
+            best = self.checkpoints.at(_end_of(best_epoch))
+        self._load_learned(best)
+        log.info("rewound weights, optimiser and prediction averages to the end of epoch %d", best_epoch + 1)
+        return True
+
+    @property
+    def _rewind_target(self) -> Position | None:
+        """The checkpoint that the trigger would go back to from here, as far as the detector has seen."""
+        best = self.detector.best_epoch
+        rewinds = self.method.calibrates and self.config.detector.rewind and self.moment.trigger_epoch is None
+        return _end_of(best) if rewinds and best is not None else None
 
     def _load_learned(self, checkpoint: Checkpoint) -> None:
-        """Collective: student, teacher, optimiser and store values of ``checkpoint``; rows go home to the next epoch's
-        plan.
+        """Collective: student, teacher, optimiser and store values of ``checkpoint``; rows go home to the plan of the
+        present epoch.
         """
         with first_error_everywhere(self.comm):
             if self.comm.rank == 0:  # one reader of all files is enough: they lie on a shared file system
@@ -204,20 +265,37 @@ class Trainer:
         rows = checkpoint.rows(self.comm.rank, self.comm.world_size)
         if self.method.store is not None and rows is not None:
             self.method.store.load_state(rows)
-            self._hand_rows_on(self.moment.epoch)
+            self._home_rows()
 
-    def _save(self, epoch: int) -> Checkpoint:
+    def _load_sums(self, sums: Sequence[Mapping[str, Any]]) -> None:
+        """What each rank that saved had summed up for the reports, taken over by those that go on."""
+        self._meter.load_state([rank["steps"] for rank in sums])
+        self._epoch_meter.load_state([rank["epoch"] for rank in sums])
+        bad = [rank["bad_rows"] for rank in sums]
+        same = len(bad) == self.comm.world_size
+        self._bad_rows = bad[self.comm.rank] if same else sum(bad) if self.comm.rank == 0 else 0
+
+    def _save(self) -> None:
+        """Collective: begin a checkpoint of this moment."""
+        self.tracker.flush()  # a resume reports what comes after, and nothing before
         store = self.method.store
-        return self.checkpoints.save(
-            epoch,
-            shared={
-                "student": self.engine.student.state_dict(),
-                "teacher": self.teacher.model.state_dict(),
-                "optimizer": self.engine.state(),
-            },
-            rows=None if store is None else store.state(),
-            state={"moment": asdict(self.moment), "detector": self.detector.state(), "data": dict(self.data)},
-        )
+        sums = {"steps": self._meter.state(), "epoch": self._epoch_meter.state(), "bad_rows": self._bad_rows}
+        state = {
+            "moment": asdict(self.moment),
+            "detector": self.detector.state(),
+            "data": dict(self.data),
+            "order": dict(self.order),
+            "sums": self.comm.all_gather_object(sums),
+        }
+        shared = {
+            "student": self.engine.student.state_dict(),
+            "teacher": self.teacher.model.state_dict(),
+            "optimizer": self.engine.state(),
+        }
+        rows = None if store is None else store.state()
+        self.checkpoints.save(self.moment.position, Content(shared, rows, state, needs=self._rewind_target))
+        self._saved = self.moment.position
+        self.agreement.requests.saved()
 
     def _report(self, epoch: int, report: dict[str, float], validation: Validation, verdict: Verdict) -> None:
         phase = self._phase.value
@@ -248,6 +326,11 @@ class Trainer:
             yield progress.at
 
 
+def _end_of(epoch: int) -> Position:
+    """Where the checkpoint at an epoch's end stands."""
+    return Position(epoch + 1)
+
+
 def _summary(epoch: int, epochs: int, phase: str, values: Mapping[str, float]) -> str:
     """One line for the log."""
     return (
@@ -276,3 +359,17 @@ def check_same_data(saved: Mapping[str, Any], present: Mapping[str, Any], path: 
             f"the {name} of {path} are not those of this configuration ({detail}): "
             "keep data.shards and data.bands as in its training"
         )
+
+
+def check_same_order(saved: Mapping[str, Any], present: Mapping[str, Any], path: object) -> None:
+    """The rest of an epoch follows from the same settings as its beginning.
+
+    Raises:
+        ValueError: one of them differs; the message names it and the remedy.
+    """
+    for key, value in saved.items():
+        if present.get(key) != value:
+            raise ValueError(
+                f"{path} lies within an epoch that began with {key}={value}, and here it is {present.get(key)}: "
+                f"add {key}={value} to go on (at an epoch's end it may change)"
+            )

@@ -2,7 +2,7 @@
 looked at.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -52,13 +52,17 @@ class Validator:
             seed,
         )
 
-    def measure(self, model: nn.Module) -> Validation:
+    def measure(self, model: nn.Module, *, after_block: Callable[[], None] = lambda: None) -> Validation:
         """Collective: the same Validation on every rank, computed on rank 0 (DESIGN decision 9).
+
+        Args:
+            after_block: called after each block of rows, equally often on every rank; may end the validation by
+                raising.
 
         Raises:
             ValueError: the model's scores are not finite: training has diverged.
         """
-        scores = self._scorer.score(model)
+        scores = self._scorer.score(model, after_block=after_block)
         if not np.isfinite(scores.values_NC).all():
             raise ValueError(
                 "the model's scores are not finite: training has diverged. Lower optim.lr, or set optim.clip_norm"

@@ -8,6 +8,7 @@ from numpy import bool_
 from numpy.typing import NDArray
 from torch import nn
 
+from adagc_dist.agreement import Agreement, NoRequests, Requests
 from adagc_dist.checkpoint import CheckpointStore
 from adagc_dist.comm import Comm, first_error_everywhere
 from adagc_dist.config import Config
@@ -57,7 +58,14 @@ def make_scorer(shards: Shards, table: LabelTable, pixels: Pixels, *, comm: Comm
     )
 
 
-def build_trainer(config: Config, *, comm: Comm, device: torch.device, checkpoints: CheckpointStore) -> Trainer:
+def build_trainer(
+    config: Config,
+    *,
+    comm: Comm,
+    device: torch.device,
+    checkpoints: CheckpointStore,
+    requests: Requests | None = None,
+) -> Trainer:
     """All parts of a run, put together; nothing is trained or written yet.
 
     Raises:
@@ -80,7 +88,8 @@ def build_trainer(config: Config, *, comm: Comm, device: torch.device, checkpoin
         engine=engine,
         teacher=teacher,
         method=make_method(
-            config.method, engine=engine, teacher=teacher, comm=comm, num_rows=len(train), num_classes=classes
+            config.method, engine=engine, teacher=teacher, comm=comm, num_rows=len(train), num_classes=classes,
+            row_exchange=config.engine.row_exchange,
         ),
         feed=Feed(
             train, parts.observed, pixels,
@@ -94,7 +103,9 @@ def build_trainer(config: Config, *, comm: Comm, device: torch.device, checkpoin
         detector=_detector(config),
         checkpoints=checkpoints,
         plan=plan,
+        agreement=Agreement(comm, requests or NoRequests()),
         data=shards.identity(),
+        order=shards.order(),
     )  # fmt: skip
 
 

@@ -1,6 +1,9 @@
-"""Comm over torch.distributed's default process group."""
+"""Comm over a process group of torch.distributed."""
 
-from typing import TypeVar
+import math
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -10,37 +13,70 @@ __all__ = ["TorchComm"]
 
 T = TypeVar("T")
 
+_CHANNEL_TIMEOUT = timedelta(hours=1)  # what waits there waits for disks, not for a lost peer
+
 
 class TorchComm:
-    """All ranks of the default group; tensors may lie on the CPU or on ``device`` (they travel on ``device``)."""
+    """All ranks of a group; tensors may lie on the CPU or on ``device`` (they travel on ``device``).
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    Args:
+        device: of the group's backend: the CPU for gloo, a GPU for NCCL.
+        group: all ranks; None is torch.distributed's default group.
+    """
+
+    def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+        self._device, self._group = device, group
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        # As bytes: nothing is computed, and gloo knows fewer types than torch (no int16, no bool).
-        source = tensor.to(self._device).contiguous().view(-1).view(torch.uint8)
-        gathered = torch.empty((self.world_size, len(source)), dtype=torch.uint8, device=self._device)
-        dist.all_gather_into_tensor(gathered.view(-1), source)
-        return [part.to(tensor.device).view(tensor.dtype).view(tensor.shape) for part in gathered]
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        source = self._bytes(tensor)
+        gathered = torch.empty(self.world_size * len(source), dtype=torch.uint8, device=self._device)
+        dist.all_gather_into_tensor(gathered, source, group=self._group)
+        return gathered.to(tensor.device).view(tensor.dtype).view(self.world_size, *tensor.shape)
+
+    def all_to_all(self, tensor: Tensor, counts: Sequence[int]) -> Tensor:
+        sent = torch.tensor(counts, dtype=torch.int64, device=self._device)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self._group)
+        width = math.prod(tensor.shape[1:]) * tensor.element_size()
+        sizes, given = [int(count) * width for count in received.tolist()], [count * width for count in counts]
+        gathered = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
+        dist.all_to_all_single(gathered, self._bytes(tensor), sizes, given, group=self._group)
+        return gathered.to(tensor.device).view(tensor.dtype).view(-1, *tensor.shape[1:])
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == self._device.type:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self._group)
             return tensor
         return tensor.copy_(self.all_reduce_sum(tensor.to(self._device)))
 
+    def begin_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        work = dist.all_reduce(tensor, group=self._group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return tensor
+
+        return wait
+
     def all_gather_object(self, value: T) -> list[T]:
         values: list[T | None] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._group)
         return values  # type: ignore[return-value]  # filled by the call
 
     def broadcast_object(self, value: T) -> T:
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(group=self._group)
+
+    def channel(self) -> "TorchComm":
+        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_CHANNEL_TIMEOUT))
+        return TorchComm(torch.device("cpu"), group)
+
+    def _bytes(self, tensor: Tensor) -> Tensor:
+        """As bytes: nothing is computed, and gloo knows fewer types than torch (no int16, no bool)."""
+        return tensor.to(self._device).contiguous().view(-1).view(torch.uint8)

@@ -117,6 +117,14 @@ class Shards:
             "shards": self.manifest.digest,
         }
 
+    def order(self) -> dict[str, Any]:
+        """What the order of an epoch depends on, beside its number: a run goes on in mid-epoch with the same."""
+        return {
+            "run.seed": self.config.run.seed,
+            "optim.global_batch": self.config.optim.global_batch,
+            "data.window_shards": self.window_shards,
+        }
+
 
 def make_plan(shards: Shards, world_size: int, epoch: int) -> EpochPlan:
     """The plan of ``epoch`` over the train split for ``world_size`` ranks."""

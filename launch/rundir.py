@@ -1,7 +1,8 @@
 """A run's folder: who may write to it, what it holds, and how an unfinished run is found again.
 
 config.yaml        the resolved configuration; itself a recipe that repeats the run
-status.json        {state: running | finished | failed, ...}
+status.json        {state: running | stopped | finished | failed, ...}
+STOP               whoever makes this file asks the run to save and stop
 log.txt            what the terminal showed
 metrics.jsonl      a line per epoch
 metrics.json       written by `adagc evaluate`
@@ -19,6 +20,7 @@ from typing import IO, Any
 
 from safetensors.torch import save_file
 
+from adagc_dist.agreement import Stopped, StopReason
 from adagc_dist.checkpoint import Checkpoint, CheckpointStore
 from adagc_dist.comm import Comm, PeerError, first_error_everywhere
 from adagc_dist.config import Config
@@ -26,8 +28,11 @@ from adagc_dist.tracking import NullTracker, RunTracker, Tracker, read_status, w
 from adagc_dist.trainer import Trainer
 from launch.failure import is_lost_peer
 from launch.recipe import dump_config, flatten, load_config
+from launch.stop import STOP_FILE
 
 __all__ = ["TEACHER", "RunFolder", "mark_failed"]
+
+log = logging.getLogger(__name__)
 
 TEACHER = "teacher.safetensors"
 _MAY_CHANGE = (
@@ -42,8 +47,10 @@ _MAY_CHANGE = (
     "data.cache_gb",
     "optim.epochs",
     "optim.accumulation",
+    "data.window_shards",
     "engine.name",
     "engine.device",
+    "engine.row_exchange",
 )
 
 
@@ -53,7 +60,14 @@ class RunFolder:
     def __init__(self, config: Config, comm: Comm) -> None:
         self._config, self._comm, self._path = config, comm, config.run_path
         self._lock: IO[str] | None = None
-        self.checkpoints = CheckpointStore(self._path / "checkpoints", comm=comm, keep=config.run.keep_checkpoints)
+        self._started = time.monotonic()
+        self.stop_file = self._path / STOP_FILE
+        self.checkpoints = CheckpointStore(
+            self._path / "checkpoints",
+            comm=comm,
+            keep=config.run.keep_checkpoints,
+            on_error=config.run.on_save_error,
+        )
 
     def check(self) -> None:
         """Collective: may this run use the folder? Writes nothing.
@@ -72,11 +86,11 @@ class RunFolder:
             ValueError: a rank does not see it: the folder is not shared between the machines.
         """
         found = self.checkpoints.latest() if self._comm.rank == 0 else None
-        epoch = self._comm.broadcast_object(None if found is None else found.epoch)
-        if epoch is None:
+        position = self._comm.broadcast_object(None if found is None else found.position)
+        if position is None:
             return None
         with first_error_everywhere(self._comm):
-            return self.checkpoints.of_epoch(epoch)
+            return self.checkpoints.at(position)
 
     def claim(self) -> None:
         """Collective: make the folder, or enter that of the same run to continue it; the log starts.
@@ -89,6 +103,7 @@ class RunFolder:
                 self._path.mkdir(parents=True, exist_ok=True)
                 self._lock = _locked(self._path / ".lock", f"run.dir={self._config.run.dir}")
                 (self._path / "config.yaml").write_text(dump_config(self._config))
+                self._forget_old_stop()
         self._comm.barrier()
         self._start_log()
 
@@ -99,7 +114,23 @@ class RunFolder:
         moment: dict[str, Any] = resumed.state()["moment"] if resumed else {"step": 0, "epoch": 0}
         return RunTracker(self._path, first_step=moment["step"], first_epoch=moment["epoch"])
 
-    def finish(self, trainer: Trainer) -> None:
+    def train(self, trainer: Trainer) -> None:
+        """Collective: run ``trainer`` to its end, and leave behind which end it was.
+
+        Raises:
+            Stopped: somebody asked for it, and the run is saved.
+        """
+        try:
+            trainer.run()
+        except Stopped as stopped:
+            self._stopped(trainer, stopped.reason)
+            raise
+        except Exception as error:
+            self._failed(trainer, error)
+            raise
+        self._finished(trainer)
+
+    def _finished(self, trainer: Trainer) -> None:
         """Write the trained teacher and the final status."""
         if self._comm.rank == 0:
             metadata = {name: json.dumps(value) for name, value in trainer.data.items()}
@@ -113,7 +144,16 @@ class RunFolder:
             )
         trainer.tracker.close()
 
-    def fail(self, trainer: Trainer, error: Exception) -> None:
+    def _stopped(self, trainer: Trainer, reason: StopReason) -> None:
+        """Write the status of a run that was asked to stop and is saved; the request is done with."""
+        if self._comm.rank == 0:
+            self.stop_file.unlink(missing_ok=True)
+            moment = trainer.moment
+            trainer.tracker.status("stopped", reason=reason.value, epoch=moment.epoch, step=moment.step)
+            log.info("stopped at step %d: %s. The same command goes on from here", moment.step, reason.value)
+        trainer.tracker.close()
+
+    def _failed(self, trainer: Trainer, error: Exception) -> None:
         """Write the failed run's status: by the rank that knows the cause; by rank 0, where no other does in time."""
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, PeerError) or is_lost_peer(error):
@@ -132,6 +172,17 @@ class RunFolder:
             time.sleep(0.1)
         return False
 
+    def _forget_old_stop(self) -> None:
+        """A request that is older than this start by more than a minute was for an earlier one; both times by the file
+        system's clock.
+        """
+        if not self.stop_file.exists():
+            return
+        age = (self._path / "config.yaml").stat().st_mtime - self.stop_file.stat().st_mtime
+        if age > time.monotonic() - self._started + 60:
+            self.stop_file.unlink()
+            log.warning("%s was there before this run began: removed", self.stop_file)
+
     def _check_free(self) -> None:
         if not self._path.exists() or not any(self._path.iterdir()):
             return
@@ -143,6 +194,11 @@ class RunFolder:
         if not finished and not learnt:  # a start that failed may be mended
             return
         self._check_same_run()
+        if learnt and not finished and self._config.run.resume == "never":
+            raise ValueError(
+                f"run.dir={name} holds an unfinished run, and run.resume=never: name another folder with run.dir=..., "
+                f"or continue it with run.resume=auto"
+            )
         if finished and (self._config.optim.epochs <= status["epochs"] or not learnt):
             raise ValueError(
                 f"run.dir={name} holds a finished run of {status['epochs']} epochs. Name another folder with "

@@ -3,6 +3,8 @@
 import sys
 import uuid
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 __all__ = ["run_ranks"]
 
@@ -15,6 +17,9 @@ def run_ranks(module: str, arguments: Sequence[str], *, ranks: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # SIGTERM, SIGINT and SIGUSR1 are the supervisor's (launch.job); the launcher would kill the ranks at once
+    known = {field.name for field in fields(LaunchConfig)}
+    signals: dict[str, Any] = {"signals_to_handle": "SIGHUP,SIGQUIT"} if "signals_to_handle" in known else {}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -24,6 +29,7 @@ def run_ranks(module: str, arguments: Sequence[str], *, ranks: int) -> int:
         rdzv_endpoint="localhost:0",  # any free port: two runs on one machine do not meet
         max_restarts=0,
         monitor_interval=0.1,
+        **signals,
     )
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)

@@ -8,9 +8,13 @@ import os
 import sys
 from collections.abc import Sequence
 
+from adagc_dist.agreement import Stopped
 from adagc_dist.comm import first_error_everywhere
 from adagc_dist.config import Config
 from launch.arguments import add_ranks
+from launch.job import EXIT_STOPPED, supervise
+from launch.stop import StopWatcher
+from launch.world import World, world_context
 
 __all__ = ["main", "train"]
 
@@ -23,12 +27,15 @@ examples:
   torchrun --nproc-per-node 8 -m launch.train reben_random data.shards=shards/reben run.dir=runs/first
   adagc train runs/first/config.yaml run.dir=runs/again run.seed=1      (a run's config.yaml is a recipe)
 
-The same command again continues an unfinished run from its newest checkpoint. Watch with: tensorboard --logdir runs
+The same command again continues an unfinished run from its newest checkpoint, on any number of ranks. Ctrl-C, SIGTERM,
+SIGUSR1 or `touch runs/first/STOP` save and stop it (exit code 75). Watch with: tensorboard --logdir runs
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, then train here or in torchrun's ranks. Returns the exit code: 0 done, 1 failed, 2 wrong usage."""
+    """Parse, then train here or in torchrun's ranks. Returns the exit code: 0 done, 1 failed, 2 wrong usage, 75 stopped
+    and saved (but 0 in a rank of torchrun, which knows only success and failure).
+    """
     arguments = _parser().parse_intermixed_args(argv)
     from launch.failure import exit_code
     from launch.recipe import load_config
@@ -39,15 +46,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"adagc train: {error}", file=sys.stderr)
         return 2
     if arguments.nproc_per_node == 1:
-        return exit_code("adagc train", lambda: train(config))
+        try:
+            return exit_code("adagc train", lambda: train(config))
+        except Stopped:
+            return 0 if World.from_env(os.environ).launched else EXIT_STOPPED
     from launch.rundir import mark_failed
     from launch.spawn import run_ranks
 
     code = exit_code("adagc train", lambda: check(config, arguments.nproc_per_node))
     if code:
         return code
-    code = run_ranks("launch.train", [arguments.recipe, *arguments.overrides], ranks=arguments.nproc_per_node)
-    if code:
+    words = [arguments.recipe, *arguments.overrides]
+    code = supervise(config.run_path, lambda: run_ranks("launch.train", words, ranks=arguments.nproc_per_node))
+    if code not in (0, EXIT_STOPPED):
         mark_failed(config.run_path)
     return code
 
@@ -70,35 +81,41 @@ def train(config: Config) -> None:
 
     Raises:
         FileNotFoundError, ValueError: the data, the model or the run's folder do not fit the configuration.
+        Stopped: somebody asked for it, and the run is saved.
     """
     from launch.build import build_trainer
     from launch.rundir import RunFolder
-    from launch.world import World, world_context
 
     world = World.from_env(os.environ)
     device = world.device(config.engine.device)
-    with world_context(world, device) as comm:
+    with _watcher(config, world) as watcher, world_context(world, device) as comm:
         with first_error_everywhere(comm):
             check(config, comm.world_size)
         run = RunFolder(config, comm)
         run.check()
         latest = run.latest()
-        trainer = build_trainer(config, comm=comm, device=device, checkpoints=run.checkpoints)
+        trainer = build_trainer(config, comm=comm, device=device, checkpoints=run.checkpoints, requests=watcher)
         if latest is None:
             trainer.start()
         else:
             trainer.resume(latest)
         run.claim()  # only now: what cannot be built or resumed changes no folder
+        watcher.look_for(run.stop_file)
         trainer.tracker = run.tracker(latest)
         log.info(
             "%d rank(s) on %s, %s", comm.world_size, device.type, "from the start" if latest is None else latest.path
         )
-        try:
-            trainer.run()
-        except Exception as error:
-            run.fail(trainer, error)
-            raise
-        run.finish(trainer)
+        run.train(trainer)
+
+
+def _watcher(config: Config, world: World) -> StopWatcher:
+    run = config.run
+    return StopWatcher(
+        grace=run.stop_seconds,
+        max_minutes=run.max_minutes,
+        save_minutes=run.checkpoint_minutes,
+        launcher=os.getppid() if world.launched else None,
+    )
 
 
 class _Help(argparse.Action):

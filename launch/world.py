@@ -23,6 +23,8 @@ class World:
     world_size: int
     local_rank: int
     local_world_size: int
+    launched: bool = False
+    """Whether torchrun started this process: it takes any exit code but 0 for a failure of all ranks."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "World":
@@ -41,9 +43,10 @@ class World:
                 f"{', '.join(given)} set but {', '.join(missing)} not: start with torchrun, or unset all of them"
             )
         try:
-            return cls(*(int(env[name]) for name in names))
+            rank, world_size, local_rank, local_world_size = (int(env[name]) for name in names)
         except ValueError as error:
             raise ValueError(f"the variables {', '.join(names)} must be numbers: {error}") from error
+        return cls(rank, world_size, local_rank, local_world_size, launched=True)
 
     def device(self, wanted: str) -> torch.device:
         """``wanted``: auto, cpu or cuda; auto takes the local rank's GPU where there is one for each local rank.

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
@@ -64,8 +64,13 @@ class _Meeting:
     """Where the threads of one group meet: each leaves a value and takes all of them away."""
 
     def __init__(self, world_size: int, timeout: float) -> None:
+        self._world_size, self._timeout = world_size, timeout
         self.barrier = threading.Barrier(world_size, timeout=timeout)
         self._left: list[Any] = [None] * world_size
+
+    def sibling(self) -> "_Meeting":
+        """Another place for the same threads."""
+        return _Meeting(self._world_size, self._timeout)
 
     def exchange(self, rank: int, value: object) -> list[Any]:
         self._left[rank] = value
@@ -84,9 +89,14 @@ class ThreadComm:
     def __deepcopy__(self, memo: dict[int, object]) -> "ThreadComm":
         return self  # a rank stays who it is: the teacher copies a student whose layers hold their comm
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        gathered = self._exchange(f"all_gather {tuple(tensor.shape)} {tensor.dtype}", tensor.detach().clone())
-        return [part.clone() for part in gathered]
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self._exchange(f"all_gather {tuple(tensor.shape)} {tensor.dtype}", tensor.detach().clone()))
+
+    def all_to_all(self, tensor: Tensor, counts: Sequence[int]) -> Tensor:
+        assert sum(counts) == len(tensor)
+        parts = tensor.detach().clone().split(list(counts))
+        sent = self._exchange(f"all_to_all {tuple(tensor.shape[1:])} {tensor.dtype}", parts)
+        return torch.cat([part[self.rank] for part in sent])
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         parts = self._exchange(f"all_reduce_sum {tuple(tensor.shape)} {tensor.dtype}", tensor.detach().clone())
@@ -94,6 +104,9 @@ class ThreadComm:
         for part in parts[1:]:
             total += part
         return tensor.copy_(total)
+
+    def begin_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        return lambda: self.all_reduce_sum(tensor)
 
     def all_gather_object(self, value: T) -> list[T]:
         return [pickle.loads(part) for part in self._exchange("all_gather_object", pickle.dumps(value))]
@@ -104,6 +117,9 @@ class ThreadComm:
 
     def barrier(self) -> None:
         self._exchange("barrier", None)
+
+    def channel(self) -> "ThreadComm":
+        return ThreadComm(self.rank, self.world_size, self._exchange("channel", self._meeting.sibling())[0])
 
     def _exchange(self, call: str, value: object) -> list[Any]:
         answers = self._meeting.exchange(self.rank, (call, value))

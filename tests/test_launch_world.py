@@ -13,7 +13,9 @@ TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
 
 
 def test_torchrun_names_the_place() -> None:
-    assert World.from_env(TORCHRUN | {"HOME": "/root"}) == World(rank=5, world_size=8, local_rank=1, local_world_size=4)
+    assert World.from_env(TORCHRUN | {"HOME": "/root"}) == World(
+        rank=5, world_size=8, local_rank=1, local_world_size=4, launched=True
+    )
 
 
 def test_without_torchrun_it_is_a_world_of_one() -> None:

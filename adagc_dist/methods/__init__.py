@@ -14,10 +14,24 @@ __all__ = ["Losses", "Method", "Phase", "make_method"]
 
 
 def make_method(
-    config: MethodConfig, *, engine: Engine, teacher: EmaTeacher, comm: Comm, num_rows: int, num_classes: int
+    config: MethodConfig,
+    *,
+    engine: Engine,
+    teacher: EmaTeacher,
+    comm: Comm,
+    num_rows: int,
+    num_classes: int,
+    row_exchange: str = "all_gather",
 ) -> Method:
-    """The method of ``config.name`` for a split of ``num_rows`` rows."""
+    """The method of ``config.name`` for a split of ``num_rows`` rows, whose values move by ``row_exchange``."""
     if config.name == "an":
         return AssumeNegative(engine=engine)
-    store = PredictionStore(num_rows, num_classes, momentum=config.prediction_momentum, comm=comm, device=engine.device)
+    store = PredictionStore(
+        num_rows,
+        num_classes,
+        momentum=config.prediction_momentum,
+        comm=comm,
+        device=engine.device,
+        exchange=row_exchange,
+    )
     return AdaGC(config, engine=engine, teacher=teacher, store=store)
