@@ -16,14 +16,14 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,7 +37,10 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 2
 _MARKER = "COMPLETE.json"
-_NAME = re.compile(r"epoch-(\d+)-step-(\d+)")
+_ROWS = ("rows", "values", "marks")  # of RowStore.state()
+_PIECE_ROWS = 1 << 17
+_FIELDS = {"schema", "torch", "needs", "files"}  # of the marker
+_NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?")  # schema 1 had no steps: found, so that it is refused
 
 
 @dataclass(frozen=True, order=True)
@@ -93,8 +96,10 @@ class Checkpoint:
         files = sorted(self.path.glob("rows-*.safetensors"))
         if not files:
             return None
-        parts = list(_share(files, rank, world_size))
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        readers: list[Any] = [safe_open(file, framework="pt") for file in files]
+        sizes = [reader.get_slice("rows").get_shape()[0] for reader in readers]
+        start, stop = (part * sum(sizes) // world_size for part in (rank, rank + 1))
+        return {key: _concatenated([reader.get_slice(key) for reader in readers], start, stop) for key in _ROWS}
 
     def verify(self) -> None:
         """Compare every file with COMPLETE.json.
@@ -104,14 +109,14 @@ class Checkpoint:
         """
         marker = self.marker()
         if marker["schema"] != SCHEMA:
-            raise ValueError(f"{self.path} has checkpoint schema {marker['schema']}, this version reads {SCHEMA}")
+            raise ValueError(
+                f"{self.path} has checkpoint schema {marker['schema']}, this version reads {SCHEMA}: go on with the "
+                "version that wrote it, or start anew in another folder"
+            )
         for name, expected in marker["files"].items():
             file = self.path / name
             if not file.is_file() or _entry(file) != expected:
-                raise ValueError(
-                    f"{file} is missing or damaged (its digest differs): delete {self.path}, "
-                    "and the run goes on from the checkpoint before"
-                )
+                raise self._damaged(file)
         if marker["torch"] != torch.__version__:
             log.warning(
                 "%s was written by torch %s, this is %s: the last digits may differ from an uninterrupted run's",
@@ -119,9 +124,25 @@ class Checkpoint:
             )  # fmt: skip
 
     def marker(self) -> dict[str, Any]:
-        """COMPLETE.json."""
-        record: dict[str, Any] = json.loads((self.path / _MARKER).read_text())
+        """COMPLETE.json.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        file = self.path / _MARKER
+        try:
+            record: dict[str, Any] = json.loads(file.read_text())
+        except ValueError as error:
+            raise self._damaged(file) from error
+        if "schema" not in record or (record["schema"] == SCHEMA and not _FIELDS <= record.keys()):
+            raise self._damaged(file)
         return record
+
+    def _damaged(self, file: Path) -> ValueError:
+        return ValueError(
+            f"{file} is missing or damaged (its digest differs): delete {self.path}, and the run goes on from the "
+            "checkpoint before"
+        )
 
 
 class CheckpointStore:
@@ -165,6 +186,11 @@ class CheckpointStore:
             raise ended.error
         log.warning("no checkpoint was written: %s. The run goes on (run.on_save_error=continue)", ended.error)
 
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is still busy with the last save."""
+        return self._under_way is not None and self._under_way.is_alive()
+
     def latest(self) -> Checkpoint | None:
         """The newest complete checkpoint; incomplete ones are passed over."""
         complete = _complete(self._root)
@@ -199,7 +225,7 @@ class _Save(threading.Thread):
             self._write()
         except Exception as error:
             self.error = error
-            if self._comm.rank == 0:
+            if self._comm.rank == 0 and not (self._folder / _MARKER).exists():  # else only the pruning failed
                 shutil.rmtree(self._folder, ignore_errors=True)  # a full disk needs the room
 
     def _write(self) -> None:
@@ -231,7 +257,10 @@ class _Save(threading.Thread):
             tensors |= self._content.shared
         files = {self._folder / f"{name}.safetensors": parts for name, parts in tensors.items()}
         for file, parts in files.items():
-            save_file(dict(parts), file)
+            try:
+                save_file(dict(parts), file)
+            except SafetensorError as error:  # a full disk, for example
+                raise OSError(f"{file} cannot be written: {error}") from error
             _sync_file(file)
         written = list(files)
         if self._comm.rank == 0:
@@ -257,18 +286,19 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _share(files: list[Path], rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
-    """The even share of ``rank`` of all rows in ``files``, file by file; at least one part, perhaps an empty one."""
-    readers: list[Any] = [safe_open(file, framework="pt") for file in files]
-    sizes = [reader.get_slice("rows").get_shape()[0] for reader in readers]
-    start, stop = rank * sum(sizes) // world_size, (rank + 1) * sum(sizes) // world_size
-    first = 0
-    for reader, size in zip(readers, sizes):
-        low, high = max(start - first, 0), min(stop - first, size)
+def _concatenated(slices: Sequence[Any], start: int, stop: int) -> Tensor:
+    """Entries ``start`` to ``stop`` of the files' slices, one after the other; a piece at a time, so that no entry is
+    held twice.
+    """
+    found: Tensor = slices[0][:0].new_empty((stop - start, *slices[0].get_shape()[1:]))
+    first = 0  # entries of the files before
+    for source in slices:
+        size = source.get_shape()[0]
+        for low in range(max(start - first, 0), min(stop - first, size), _PIECE_ROWS):
+            high = min(low + _PIECE_ROWS, stop - first, size)
+            found[first + low - start : first + high - start] = source[low:high]
         first += size
-        if low < high or reader is readers[-1]:
-            keys = reader.keys()
-            yield {key: reader.get_slice(key)[min(low, high) : high] for key in keys}
+    return found
 
 
 def _complete(root: Path) -> list[Checkpoint]:
@@ -277,7 +307,7 @@ def _complete(root: Path) -> list[Checkpoint]:
     for marker in root.glob(f"epoch-*/{_MARKER}"):
         name = _NAME.fullmatch(marker.parent.name)
         if name:
-            found.append(Checkpoint(marker.parent, Position(int(name[1]), int(name[2]))))
+            found.append(Checkpoint(marker.parent, Position(int(name[1]), int(name[2] or 0))))
     return sorted(found, key=lambda checkpoint: checkpoint.position)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from adagc_dist.comm import Comm
 from adagc_dist.exchange import Exchange, RowOwners, Rows, make_exchange
 
-__all__ = ["PredictionStore", "RowStore"]
+__all__ = ["PredictionStore", "RowStore", "is_written"]
 
 _WRITTEN = 1 << 14  # marks: this bit says that the row was ever written, the lower ones count its visits in this epoch
 _PASS_BYTES = 8 << 20  # of the table that is copied at once where all of it is looked at or moved
@@ -72,7 +72,7 @@ class RowStore:
     @property
     def written(self) -> Tensor:
         """bool [n]: whether each row was ever written."""
-        return self._marks[: self._size] >= _WRITTEN
+        return is_written(self._marks[: self._size])
 
     def home(self, owners: RowOwners) -> None:
         """Start with this rank's rows of ``owners``, never written."""
@@ -165,8 +165,14 @@ class RowStore:
         """This rank's rows: rows int32 [n], values [n, width], marks int16 [n]; views, not copies."""
         return {"rows": torch.from_numpy(self.rows), "values": self.values, "marks": self._marks[: self._size]}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Own the rows of ``state``, whatever was owned before; together the ranks' states name every row once."""
+    def load_state(self, state: Mapping[str, Tensor], *, places: int = 0) -> None:
+        """Own the rows of ``state``, whatever was owned before; together the ranks' states name every row once.
+
+        Args:
+            places: rows that this rank will own after the next ``sync``: room for them is made now, while the table is
+                empty.
+        """
+        self._reserve(places)
         self._own(state["rows"].cpu().numpy())
         self.values.copy_(state["values"])
         self._marks[: self._size].copy_(state["marks"])
@@ -264,7 +270,7 @@ class PredictionStore(RowStore):
         """
         place = self.locate(rows)
         old, marks = self._table[place], self._marks[place]
-        seen = marks >= _WRITTEN
+        seen = is_written(marks)
         weight = torch.where(seen, 1.0 - self.momentum, 1.0)[:, None]
         new = old + weight * (probs_BC.detach().float() - old)
         # exact: old + 1*(p - old) is p only up to rounding
@@ -275,3 +281,8 @@ class PredictionStore(RowStore):
         self._table[place] = new
         self._marks[place] = counted
         return new
+
+
+def is_written(marks: Tensor) -> Tensor:
+    """bool [n]: which rows were ever written, by their int16 ``marks``."""
+    return marks >= _WRITTEN

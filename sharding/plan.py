@@ -114,7 +114,7 @@ class EpochPlan:
 
     def rank_rows(self, rank: int) -> NDArray[np.int32]:
         """int32: all rows that a rank reads in the epoch, in reading order; the same as those of ``slots``."""
-        at_once = max(1, _ROWS_AT_ONCE // _largest_step(self.num_rows, self.num_steps))
+        at_once = self._steps_at_once
         starts = range(0, self.num_steps, at_once)
         return np.concatenate([self._rank_rows(rank, s, min(s + at_once, self.num_steps)) for s in starts])
 
@@ -132,6 +132,19 @@ class EpochPlan:
         found: NDArray[np.int32] = self._rows(int(cuts[0]), int(cuts[-1]))[places - cuts[0]]
         return found
 
+    def owners(self) -> NDArray[np.int16]:
+        """int16 [N]: the rank that reads each row of the split, in one pass; what ``rank_rows`` says of all ranks."""
+        owner_N = np.empty(self.num_rows, dtype=np.int16)
+        slots = self.world_size * self.accumulation
+        for start in range(0, self.num_steps, self._steps_at_once):
+            cuts = self._cuts(start, min(start + self._steps_at_once, self.num_steps))
+            sizes, first = np.diff(cuts), int(cuts[0])
+            pair = (np.arange(first, cuts[-1]) - np.repeat(cuts[:-1], sizes)) // 2
+            # the slot k with k*P//K <= pair < (k+1)*P//K
+            slot = -(-(pair + 1) * slots // np.repeat((sizes + 1) // 2, sizes)) - 1
+            owner_N[self._rows(first, int(cuts[-1]))] = slot % self.world_size
+        return owner_N
+
     def staged(self, step: int) -> tuple[int, ...]:
         """The shards (numbered within the split) of the windows that ``step`` reads and of the next one, in reading
         order: what a cache of remote shards should hold.
@@ -148,6 +161,10 @@ class EpochPlan:
     def _pair_starts(self) -> NDArray[np.int64]:
         """int64 [S+1]: pairs of all earlier steps; a step of n rows has ceil(n/2)."""
         return np.concatenate([[0], np.cumsum((np.diff(self._cuts(0, self.num_steps)) + 1) // 2)])
+
+    @property
+    def _steps_at_once(self) -> int:
+        return max(1, _ROWS_AT_ONCE // _largest_step(self.num_rows, self.num_steps))
 
     def _cuts(self, from_step: int, to_step: int) -> NDArray[np.int64]:
         """``rows_before`` of each of these steps, the last one included."""

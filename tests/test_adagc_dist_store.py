@@ -1,7 +1,12 @@
 """Rows that live with ranks and move between epochs: the table is bit for bit that of a single numpy process."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import ctypes
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -11,166 +16,425 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adagc_dist import exchange as exchange_module
 from adagc_dist import store as store_module
 from adagc_dist.comm import Comm, SoloComm
 from adagc_dist.store import PredictionStore, RowStore
-from sharding.plan import EpochPlan, plan_epoch
+from sharding.plan import EpochPlan, plan_epoch, steps_per_epoch
 from sharding.rng import derive_rng
 from tests.ranks import run_ranks, run_threads
+from tests.replicated import ReplicatedStore
+from tests.tiny import Owners
 
 CPU = torch.device("cpu")
+EXCHANGES = ("all_gather", "all_to_all")
+WRITTEN = 1 << 14  # the mark of a row that was written, before visits are added
 Rows = NDArray[np.int32]
+State = Mapping[str, Tensor]
+T = TypeVar("T")
 
 
-def predictions(rows: Rows, epoch: int, num_classes: int) -> NDArray[np.float32]:
-    """What some student says of the rows in an epoch: a function of row and epoch alone."""
-    return np.stack([derive_rng(epoch, "student", int(row)).random(num_classes, dtype=np.float32) for row in rows])
+@contextmanager
+def bytes_at_once(round_bytes: int, pass_bytes: int) -> Iterator[None]:
+    """Exchange and walk through the table by as little as one row."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange_module, "_ROUND_BYTES", round_bytes)
+        patch.setattr(store_module, "_PASS_BYTES", pass_bytes)
+        yield
 
 
-@dataclass
+def on_threads(world_size: int, bounds: tuple[int, int], function: Callable[..., T], *args: object) -> list[T]:
+    with bytes_at_once(*bounds):
+        return run_threads(world_size, lambda comm: function(comm, *args))
+
+
+def on_processes(world_size: int, bounds: tuple[int, int], function: Callable[..., T], *args: object) -> list[T]:
+    return run_ranks(world_size, within, bounds, function, *args)
+
+
+def within(comm: Comm, bounds: tuple[int, int], function: Callable[..., T], *args: object) -> T:
+    with bytes_at_once(*bounds):
+        return function(comm, *args)
+
+
+@functools.cache
+def predictions(epoch: int, num_rows: int, num_classes: int) -> NDArray[np.float32]:
+    """What some student says of all rows in an epoch: a function of row and epoch alone."""
+    return derive_rng(epoch, "student").random((num_rows, num_classes), dtype=np.float32)
+
+
 class NumpyTable:
-    """The averages of one process, written in four lines of numpy."""
+    """The averages of one process, in a few lines of numpy."""
 
-    num_rows: int
-    num_classes: int
-    momentum: float
-    values: NDArray[np.float32] = field(init=False)
-    epochs: int = 0
+    def __init__(self, num_rows: int, num_classes: int, momentum: float) -> None:
+        self.values = np.zeros((num_rows, num_classes), dtype=np.float32)
+        self.marks = np.zeros(num_rows, dtype=np.int16)
+        self.weight = np.float32(1.0 - momentum)
 
-    def __post_init__(self) -> None:
-        self.values = np.zeros((self.num_rows, self.num_classes), dtype=np.float32)
+    def blend(self, rows: Rows, epoch: int) -> None:
+        old, new = self.values[rows], predictions(epoch, *self.values.shape)[rows]
+        seen = self.marks[rows, None] >= WRITTEN
+        self.values[rows] = np.where(seen, old + self.weight * (new - old), new)
+        self.marks[rows] = (self.marks[rows] | WRITTEN) + 1
 
-    def epoch(self, epoch: int) -> None:
-        new = predictions(np.arange(self.num_rows, dtype=np.int32), epoch, self.num_classes)
-        weight = np.float32(1.0 - self.momentum)
-        self.values = new if self.epochs == 0 else self.values + weight * (new - self.values)
-        self.epochs += 1
+    def begin_epoch(self) -> None:
+        self.marks &= WRITTEN
 
 
 @dataclass(frozen=True)
 class Run:
-    """A number of epochs on a number of ranks each, over the same table."""
+    """Training that is stopped and goes on with other numbers of ranks, wherever it stands in an epoch.
+
+    Attributes:
+        legs: (ranks, steps) from one stop to the next.
+        bounds: bytes of a round of the exchange, and of a pass through the table.
+    """
 
     num_rows: int
     num_classes: int
     momentum: float
     batch: int
-    worlds: tuple[int, ...]  # ranks of epoch 0, 1, ...
+    legs: tuple[tuple[int, int], ...]
+    exchange: str = "all_gather"
+    bounds: tuple[int, int] = (8 << 20, 8 << 20)
+
+    @property
+    def num_steps(self) -> int:
+        """Of an epoch."""
+        return steps_per_epoch(self.num_rows, self.batch)
 
     def plan(self, epoch: int, world_size: int) -> EpochPlan:
         return plan_epoch(np.array([self.num_rows]), epoch, seed=1, global_batch=self.batch, world_size=world_size)
 
     def new_store(self, comm: Comm) -> PredictionStore:
-        return PredictionStore(self.num_rows, self.num_classes, momentum=self.momentum, comm=comm, device=CPU)
+        return PredictionStore(
+            self.num_rows, self.num_classes, momentum=self.momentum, comm=comm, device=CPU, exchange=self.exchange
+        )
 
-    def train(self, store: PredictionStore, comm: Comm, epoch: int) -> None:
-        """One epoch of a rank, step by step, and the hand-over to the next epoch's plan."""
-        for slot in self.plan(epoch, comm.world_size).slots(comm.rank):
-            given = torch.from_numpy(predictions(slot.rows, epoch, self.num_classes))
-            returned = store.blend(slot.rows, given)
-            place = store.locate(slot.rows)
-            assert isinstance(place, slice)  # a batch is a contiguous piece of the table
-            assert torch.equal(returned, store.values[place])
-        store.check_visited_once()
-        store.sync(self.plan(epoch + 1, comm.world_size).rank_rows(comm.rank))
+    def train(self, store: PredictionStore, comm: Comm, first: int, stop: int) -> None:
+        """Steps of a rank, counted over all epochs, and after an epoch's last the hand-over to the next plan."""
+        plan = self.plan(first // self.num_steps, comm.world_size)
+        for epoch, step in (divmod(number, self.num_steps) for number in range(first, stop)):
+            self.train_step(store, plan, comm.rank, step)
+            if step == self.num_steps - 1:
+                store.check_visited_once()
+                store.begin_epoch()
+                plan = self.plan(epoch + 1, comm.world_size)
+                store.sync(plan)
+                np.testing.assert_array_equal(store.rows, plan.rank_rows(comm.rank))
+
+    def train_step(self, store: PredictionStore, plan: EpochPlan, rank: int, step: int) -> None:
+        slot = plan.slot(step, rank, 0)
+        probs = predictions(plan.epoch, self.num_rows, self.num_classes)[slot.rows]
+        returned = store.blend(slot.rows, torch.from_numpy(probs))
+        place = store.locate(slot.rows)
+        assert isinstance(place, slice)  # a batch is a contiguous piece of the table
+        assert torch.equal(returned, store.values[place])
+
+    def train_numpy(self, table: NumpyTable, first: int, stop: int) -> None:
+        for epoch, step in (divmod(number, self.num_steps) for number in range(first, stop)):
+            table.blend(self.plan(epoch, 1).step_rows(step), epoch)
+            if step == self.num_steps - 1:
+                table.begin_epoch()
 
 
-States = list[dict[str, Tensor]]
+def copied(state: State) -> State:
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
-def dealt(states: States, rank: int, world_size: int) -> dict[str, Tensor]:
-    """A rank's share of the states that other ranks left, as a checkpoint deals them."""
-    parts = states[rank::world_size]
-    return {key: torch.cat([part[key] for part in parts]) if parts else states[0][key][:0] for key in states[0]}
+def even_share(states: list[State], rank: int, world_size: int) -> State:
+    """A rank's part of what all ranks left, as a checkpoint deals it."""
+    whole = {name: torch.cat([state[name] for state in states]) for name in states[0]}
+    num_rows = len(whole["rows"])
+    part = slice(rank * num_rows // world_size, (rank + 1) * num_rows // world_size)
+    return {name: tensor[part] for name, tensor in whole.items()}
 
 
-def one_epoch(comm: Comm, run: Run, epoch: int, states: States | None) -> dict[str, Tensor]:
-    """An epoch of a new process that starts from what the ranks of the epoch before left behind."""
-    store = run.new_store(comm)
-    first = run.plan(epoch, comm.world_size).rank_rows(comm.rank)
+def one_leg(comm: Comm, run: Run, first: int, stop: int, states: list[State] | None) -> State:
+    """What a new process does: it starts from what the ranks of the leg before left."""
+    store, plan = run.new_store(comm), run.plan(first // run.num_steps, comm.world_size)
     if states is None:
-        store.home(first)
+        store.home(plan)
     else:
-        store.load_state(dealt(states, comm.rank, comm.world_size))
-        store.sync(first)
-    run.train(store, comm, epoch)
-    return {name: tensor.clone() for name, tensor in store.state().items()}
+        store.load_state(even_share(states, comm.rank, comm.world_size))
+        store.sync(plan)
+    run.train(store, comm, first, stop)
+    return copied(store.state())
 
 
-def whole_table(states: States, num_rows: int) -> NDArray[np.float32]:
+def check_same(states: list[State], table: NumpyTable) -> None:
+    """Together the ranks own every row once, with the values and the marks of ``table``."""
     rows = torch.cat([state["rows"] for state in states]).numpy()
-    np.testing.assert_array_equal(np.sort(rows), np.arange(num_rows))  # together the ranks own every row once
-    table = np.empty((num_rows, states[0]["values"].shape[1]), dtype=np.float32)
-    table[rows] = torch.cat([state["values"] for state in states]).numpy()
-    return table
+    np.testing.assert_array_equal(np.sort(rows), np.arange(len(table.values)))
+    assert torch.cat([state["values"] for state in states]).numpy().tobytes() == table.values[rows].tobytes()
+    np.testing.assert_array_equal(torch.cat([state["marks"] for state in states]).numpy(), table.marks[rows])
 
 
-def check_against_numpy(run: Run, spawn: Callable[..., States]) -> None:
-    reference = NumpyTable(run.num_rows, run.num_classes, run.momentum)
-    states = None
-    for epoch, world_size in enumerate(run.worlds):
-        states = spawn(world_size, run, epoch, states)
-        reference.epoch(epoch)
-        assert whole_table(states, run.num_rows).tobytes() == reference.values.tobytes()
+def check_against_numpy(run: Run, spawn: Callable[..., list[State]] = on_threads) -> None:
+    table = NumpyTable(run.num_rows, run.num_classes, run.momentum)
+    states, first = None, 0
+    for world_size, steps in run.legs:
+        states = spawn(world_size, run.bounds, one_leg, run, first, first + steps, states)
+        run.train_numpy(table, first, first + steps)
+        check_same(states, table)
+        first += steps
 
 
-def on_threads(world_size: int, run: Run, epoch: int, states: States | None) -> States:
-    return run_threads(world_size, lambda comm: one_epoch(comm, run, epoch, states))
-
-
-def on_processes(world_size: int, run: Run, epoch: int, states: States | None) -> States:
-    return run_ranks(world_size, one_epoch, run, epoch, states)
-
-
+bounds = st.tuples(*[st.sampled_from([1, 60, 400, 8 << 20])] * 2)
 runs = st.builds(
     Run,
     num_rows=st.integers(8, 90),
     num_classes=st.integers(1, 24),
     momentum=st.sampled_from([0.0, 0.5, 0.7, 0.9, 0.999, 1.0]),
-    batch=st.integers(16, 40),
-    worlds=st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple),
+    batch=st.integers(16, 40),  # of such batches each of 4 ranks gets a pair in every step
+    legs=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9)), min_size=1, max_size=4).map(tuple),
+    exchange=st.sampled_from(EXCHANGES),
+    bounds=bounds,
 )
 
 
 @given(run=runs)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=60)
 def test_any_ranks_and_changes_of_their_number_give_the_table_of_one_process(run: Run) -> None:
-    if run.num_rows // -(-run.num_rows // run.batch) < 2 * max(run.worlds):
-        run = Run(run.num_rows, run.num_classes, run.momentum, run.num_rows, run.worlds)  # one step an epoch
-    check_against_numpy(run, on_threads)
+    """Also where the number changes in mid-epoch: visits go with the rows, and the epoch's audit passes."""
+    check_against_numpy(run)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 3, 7, 10, 11])
-def test_chunks_of_the_exchange_lose_and_repeat_nothing(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks own 22 and 21 of 43 rows: chunks that divide them, that do not, and that end on one rank only."""
-    monkeypatch.setattr(store_module, "_CHUNK_BYTES", chunk_rows * (4 * 5 + 6))
-    check_against_numpy(Run(43, 5, 0.9, 16, (2, 2, 3, 1)), on_threads)
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("round_rows", [1, 3, 7, 10, 11])
+def test_rounds_of_the_exchange_lose_and_repeat_nothing(exchange: str, round_rows: int) -> None:
+    """Two ranks own 22 and 21 of 43 rows: rounds that divide them, that do not, and that end on one rank only."""
+    ranks = 2 if exchange == "all_gather" else 1
+    bounds = (round_rows * ranks * (4 * 5 + 6), 8 << 20)
+    check_against_numpy(Run(43, 5, 0.9, 16, ((2, 6), (3, 3), (1, 1)), exchange, bounds))
 
 
-def test_an_exchange_is_as_large_as_the_rows_and_no_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "_CHUNK_BYTES", 10 * (4 * 5 + 6))
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_a_run_that_is_stopped_in_mid_epoch_ends_it_on_other_ranks(exchange: str) -> None:
+    """Steps 0 and 1 of 4 on three ranks, the others on two, then the next epoch on four."""
+    run = Run(61, 7, 0.9, 16, ((3, 4 + 2), (2, 2), (4, 4)), exchange)
+    assert run.num_steps == 4
+    check_against_numpy(run)
 
-    def lengths(comm: Comm) -> list[int]:
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_real_ranks_give_the_table_of_one_process(exchange: str) -> None:
+    check_against_numpy(Run(61, 19, 0.9, 20, ((2, 6), (3, 3), (2, 3)), exchange, (300, 200)), on_processes)
+
+
+def rewound(comm: Comm, run: Run, kept: int, ended: int) -> State:
+    """Epochs up to ``ended``; then, in the same process, the table of ``kept`` epochs, and one epoch more."""
+    store, states = run.new_store(comm), None
+    store.home(run.plan(0, comm.world_size))
+    for epoch in range(ended):
+        if epoch == kept:
+            states = comm.all_gather_object(copied(store.state()))
+        run.train(store, comm, epoch * run.num_steps, (epoch + 1) * run.num_steps)
+    assert states is not None
+    store.load_state(even_share(states, comm.rank, comm.world_size))
+    store.sync(run.plan(ended, comm.world_size))
+    store.begin_epoch()
+    run.train(store, comm, ended * run.num_steps, (ended + 1) * run.num_steps)
+    return copied(store.state())
+
+
+@given(run=runs, world_size=st.integers(1, 4), kept=st.integers(0, 2), more=st.integers(1, 2))
+@settings(deadline=None, max_examples=15)
+def test_a_table_of_an_earlier_epoch_goes_on_with_the_next_plan(
+    run: Run, world_size: int, kept: int, more: int
+) -> None:
+    table, ended = NumpyTable(run.num_rows, run.num_classes, run.momentum), kept + more
+    run.train_numpy(table, 0, kept * run.num_steps)
+    run.train_numpy(table, ended * run.num_steps, (ended + 1) * run.num_steps)
+    check_same(on_threads(world_size, run.bounds, rewound, run, kept, ended), table)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Rows of any values that are moved from one partition to another, with ranks that own none or nearly all."""
+
+    num_rows: int
+    width: int
+    dtype: torch.dtype
+    count: int
+    exchange: str
+    bounds: tuple[int, int]
+    seed: int
+    in_order: bool
+
+    def owners(self, number: int, world_size: int) -> Owners:
+        rng = derive_rng(self.seed, number)
+        owner_N = rng.choice(world_size, self.num_rows, p=rng.dirichlet(np.full(world_size, 0.5)))
+        order = np.arange(self.num_rows, dtype=np.int32)
+        if self.in_order:
+            owner_N.sort()
+        else:
+            rng.shuffle(order)
+        return Owners(tuple(order[owner_N[order] == rank] for rank in range(world_size)))
+
+    def table(self) -> State:
+        """All bytes that the type can hold, not-a-numbers with a payload among them."""
+        rng = derive_rng(self.seed, "values")
+        shape = (self.num_rows, self.width * torch.empty(0, dtype=self.dtype).element_size())
+        limit = 2 if self.dtype == torch.bool else 256
+        values = torch.from_numpy(rng.integers(0, limit, shape, dtype=np.uint8)).view(self.dtype)
+        marks = torch.from_numpy(rng.integers(0, 1 << 15, self.num_rows, dtype=np.int16))
+        return {"rows": torch.arange(self.num_rows, dtype=torch.int32), "values": values, "marks": marks}
+
+    def share(self, rows: Rows) -> State:
+        return {name: tensor[torch.from_numpy(rows).long()] for name, tensor in self.table().items()}
+
+
+def move(comm: Comm, moves: Moves) -> None:
+    store = RowStore(moves.num_rows, moves.width, comm=comm, device=CPU, dtype=moves.dtype, exchange=moves.exchange)
+    partitions = [moves.owners(number, comm.world_size) for number in range(moves.count + 1)]
+    store.load_state(moves.share(partitions[0].rank_rows(comm.rank)))
+    for owners in partitions[1:]:
+        store.sync(owners)
+        expected = moves.share(owners.rank_rows(comm.rank))
+        assert {name: as_bytes(part) for name, part in store.state().items()} == {
+            name: as_bytes(part) for name, part in expected.items()
+        }
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    return tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+
+
+@given(
+    moves=st.builds(
+        Moves,
+        num_rows=st.integers(1, 80),
+        width=st.integers(1, 9),
+        dtype=st.sampled_from(DTYPES),
+        count=st.integers(1, 4),
+        exchange=st.sampled_from(EXCHANGES),
+        bounds=bounds,
+        seed=st.integers(0, 999),
+        in_order=st.booleans(),
+    ),
+    world_size=st.integers(1, 4),
+)
+@settings(deadline=None, max_examples=120)
+def test_values_of_any_type_move_between_any_partitions(moves: Moves, world_size: int) -> None:
+    on_threads(world_size, moves.bounds, move, moves)
+
+
+def move_all_types(comm: Comm, moves: Moves) -> None:
+    for dtype in DTYPES:
+        for width in (1, 3):
+            move(comm, replace(moves, dtype=dtype, width=width))
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_values_of_any_type_move_between_real_ranks(exchange: str) -> None:
+    """Also to and from ranks that own no row."""
+    for num_rows, seed in ((1, 0), (40, 1)):
+        moves = Moves(num_rows, 1, torch.bool, 2, exchange, (60, 60), seed, in_order=False)
+        on_processes(3, moves.bounds, move_all_types, moves)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "rows", "lengths"),
+    [("all_gather", 2 * 10, [[7, 7], [7, 7]]), ("all_to_all", 10, [[7, 6], [7, 4]])],
+)
+def test_rounds_are_equal_and_no_larger_than_allowed(
+    exchange: str, rows: int, lengths: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """13 rows and 11, at most 10 a round: all_gather pads them to a common length, all_to_all does not."""
+    monkeypatch.setattr(exchange_module, "_ROUND_BYTES", rows * (4 * 5 + 6))
+
+    def rounds(comm: Comm) -> list[int]:
         sent: list[int] = []
-        gather = comm.all_gather
-        monkeypatch.setattr(comm, "all_gather", lambda tensor: sent.append(len(tensor)) or gather(tensor))
-        store = RowStore(24, 5, comm=comm, device=CPU)
-        store.home(np.arange(24, dtype=np.int32)[comm.rank * 13 : comm.rank * 13 + 13])  # 13 rows and 11
-        store.sync(np.arange(24, dtype=np.int32)[comm.rank :: 2])
-        return sent[::3]  # of each chunk rows, values and marks are sent
+        collective = getattr(comm, exchange)
+        monkeypatch.setattr(
+            comm, exchange, lambda tensor, *counts: sent.append(len(tensor)) or collective(tensor, *counts)
+        )
+        store = RowStore(24, 5, comm=comm, device=CPU, exchange=exchange)
+        order = np.arange(24, dtype=np.int32)
+        store.home(Owners((order[:13], order[13:])))
+        store.sync(Owners((order[::2], order[1::2])))
+        return sent
 
-    assert run_threads(2, lengths) == [[10, 3], [10, 3]]
-
-
-@pytest.mark.parametrize("worlds", [(2, 2), (3, 2)])
-def test_real_ranks_give_the_table_of_one_process(worlds: tuple[int, ...]) -> None:
-    check_against_numpy(Run(61, 19, 0.9, 20, worlds), on_processes)
+    assert run_threads(2, rounds) == lengths
 
 
-def small_store(comm: Comm, rows: list[int] | None = None, momentum: float = 0.9) -> PredictionStore:
-    store = PredictionStore(6, 2, momentum=momentum, comm=comm, device=CPU)
-    store.home(np.array(range(6) if rows is None else rows, dtype=np.int32))
+def resident_mb(field: str) -> float:
+    """Of this process: VmRSS now, VmHWM at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
+def sync_growth_mb(comm: Comm, num_rows: int, exchange: str) -> float:
+    """What a sync takes at its peak beside the table and the partitions."""
+    store = PredictionStore(num_rows, 19, momentum=0.9, comm=comm, device=CPU, exchange=exchange)
+    partitions = [
+        Owners(tuple(derive_rng(number).permutation(num_rows).astype(np.int32).reshape(comm.world_size, -1)))
+        for number in range(2)
+    ]
+    store.home(partitions[0])
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed is no longer resident
+    before = resident_mb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    store.sync(partitions[1])
+    return resident_mb("VmHWM") - before
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_the_table_is_never_held_twice(exchange: str) -> None:
+    """Each of two ranks has 78 MB of rows."""
+    for growth in run_ranks(2, sync_growth_mb, 2_000_000, exchange, timeout=120.0):
+        assert growth < 64
+
+
+def beside_replicated(comm: Comm, run: Run) -> None:
+    """Two epochs in both stores, with rows that could not be read; every value that ``blend`` returns is the same."""
+    store = run.new_store(comm)
+    other = ReplicatedStore(run.num_rows, run.num_classes, momentum=run.momentum, comm=comm, device=CPU)
+    tables: tuple[Any, Any] = (store, other)
+    for table in tables:
+        table.home(run.plan(0, comm.world_size))
+    for epoch in range(3):
+        lost_N = derive_rng(epoch, "lost").random(run.num_rows) < 0.2
+        for slot in run.plan(epoch, comm.world_size).slots(comm.rank):
+            probs = torch.from_numpy(predictions(epoch, run.num_rows, run.num_classes)[slot.rows])
+            read = torch.from_numpy(~lost_N[slot.rows])
+            assert torch.equal(*(table.blend(slot.rows, probs, read_B=read) for table in tables))
+        for table in tables:
+            table.check_visited_once(int(lost_N.sum()))
+            table.begin_epoch()
+            table.sync(run.plan(epoch + 1, comm.world_size))
+        rows = torch.from_numpy(store.rows).long()
+        assert torch.equal(store.values, other.values[rows])
+        assert torch.equal(store.written, other.written[rows])
+
+
+@given(run=runs, world_size=st.integers(1, 4))
+@settings(deadline=None, max_examples=20)
+def test_rows_owned_by_ranks_are_those_of_a_table_that_every_rank_holds(run: Run, world_size: int) -> None:
+    on_threads(world_size, run.bounds, beside_replicated, run)
+
+
+def test_real_ranks_have_the_rows_of_a_table_that_every_rank_holds() -> None:
+    run = Run(61, 19, 0.9, 20, ())
+    on_processes(3, run.bounds, beside_replicated, run)
+
+
+def small_store(
+    comm: Comm, rows: list[int] | None = None, momentum: float = 0.9, exchange: str = "all_gather"
+) -> PredictionStore:
+    """Six rows of two values; ``rows`` are this rank's, all of them in order if None."""
+    store = PredictionStore(6, 2, momentum=momentum, comm=comm, device=CPU, exchange=exchange)
+    store.home(mine(comm, *(range(6) if rows is None else rows)))
     return store
+
+
+def mine(comm: Comm, *rows: int) -> Owners:
+    """A partition of which this rank knows its own rows only."""
+    return Owners(tuple(index(*rows) if rank == comm.rank else index() for rank in range(comm.world_size)))
 
 
 def index(*rows: int) -> Rows:
@@ -239,7 +503,8 @@ def test_a_row_that_failed_in_its_first_epoch_takes_its_first_prediction_later()
     store = small_store(SoloComm())
     lost = torch.tensor([False, True])
     store.blend(index(4, 5), torch.rand(2, 2), read_B=lost)
-    store.sync(index(*range(6)))
+    store.begin_epoch()
+    store.sync(mine(SoloComm(), *range(6)))
     assert store.written.tolist() == [False] * 5 + [True]
     first = torch.tensor([[0.3, 0.7]])
     assert torch.equal(store.blend(index(4), first), first)
@@ -321,26 +586,69 @@ def test_reported_skips_are_no_error() -> None:
 def test_visits_count_within_an_epoch_and_what_was_written_stays_so() -> None:
     store = small_store(SoloComm())
     blend_rows(store, 0, 1, 2, 3, 4)
-    store.sync(index(5, 4, 3, 2, 1, 0))
+    store.sync(mine(SoloComm(), 5, 4, 3, 2, 1, 0))
+    assert store.visits.tolist() == [0, 1, 1, 1, 1, 1]  # a sync in mid-epoch: what was read stays read
+    store.begin_epoch()
     assert store.visits.tolist() == [0] * 6
     assert store.written.tolist() == [False, True, True, True, True, True]
     with pytest.raises(RuntimeError, match="left out 6"):
         store.check_visited_once()
 
 
-def test_a_plan_that_asks_for_a_row_of_nobody_is_told() -> None:
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_a_plan_that_asks_for_a_row_of_nobody_is_told(exchange: str) -> None:
     def work(comm: Comm) -> None:
-        store = small_store(comm, [0, 1, 2] if comm.rank == 0 else [3, 4])
-        rows = index(0, 1, 5) if comm.rank == 0 else index(2, 3)
+        store = small_store(comm, [0, 1, 2] if comm.rank == 0 else [3, 4], exchange=exchange)
+        owners = Owners((index(0, 1, 5), index(2, 3, 4)))
         if comm.rank == 0:
-            with pytest.raises(
-                RuntimeError, match="rank 0 received 2 of 3 rows: the ranks' rows do not cover the split"
-            ):
-                store.sync(rows)
+            with pytest.raises(RuntimeError, match=r"rank 0 asked for rows that no rank owned, \[5\].*do not cover"):
+                store.sync(owners)
         else:
-            store.sync(rows)
+            store.sync(owners)
 
     run_threads(2, work)
+
+
+def test_the_only_rank_is_told_of_a_row_it_does_not_own() -> None:
+    store = small_store(SoloComm(), [0, 1, 2])
+    with pytest.raises(RuntimeError, match=r"rank 0 asked for rows that no rank owned, \[5\]"):
+        store.sync(mine(SoloComm(), 0, 1, 5))
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_a_table_that_was_never_filled_has_no_row_to_give(exchange: str) -> None:
+    def work(comm: Comm) -> None:
+        store = RowStore(6, 2, comm=comm, device=CPU, exchange=exchange)
+        with pytest.raises(RuntimeError, match="asked for rows that no rank owned"):
+            store.sync(Owners((index(0, 1, 2), index(3, 4, 5))))
+
+    run_threads(2, work)
+
+
+def test_loading_its_own_state_changes_nothing() -> None:
+    """Not even as the views that ``state`` gives."""
+    store = small_store(SoloComm(), [2, 0, 1, 3, 5, 4])
+    blend_rows(store, 2, 3)
+    before = copied(store.state())
+    store.load_state(store.state())
+    assert {name: as_bytes(part) for name, part in store.state().items()} == {
+        name: as_bytes(part) for name, part in before.items()
+    }
+    assert store.locate(index(1, 3)) == slice(2, 4)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_a_rank_may_own_nothing(exchange: str) -> None:
+    def work(comm: Comm) -> list[int]:
+        rows, none = index(*range(6)), index()
+        store = PredictionStore(6, 2, momentum=0.9, comm=comm, device=CPU, exchange=exchange)
+        store.home(Owners((rows, none, none)))
+        blend_rows(store, *store.rows.tolist())
+        store.sync(Owners((none, none, rows[::-1].copy())))
+        store.check_visited_once()
+        return store.rows.tolist()
+
+    assert run_threads(3, work) == [[], [], [5, 4, 3, 2, 1, 0]]
 
 
 def test_state_and_load_state_are_copies_of_everything() -> None:

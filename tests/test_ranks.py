@@ -2,6 +2,7 @@
 
 import copy
 import os
+import threading
 import time
 
 import pytest
@@ -20,8 +21,11 @@ def use_collectives(comm: Comm) -> dict[str, object]:
         "in_place": reduced is total,
         "sum": total.tolist(),
         "count": comm.all_reduce_sum(torch.tensor(comm.rank)).item(),
-        "int16": [part.tolist() for part in comm.all_gather(torch.tensor([[comm.rank], [7]], dtype=torch.int16))],
-        "bool": [part.tolist() for part in comm.all_gather(torch.tensor([comm.rank == 1]))],
+        "int16": comm.all_gather(torch.tensor([[comm.rank], [7]], dtype=torch.int16)).tolist(),
+        "bool": comm.all_gather(torch.tensor([comm.rank == 1])).tolist(),
+        "scalar": comm.all_gather(torch.tensor(comm.rank, dtype=torch.bfloat16)).tolist(),
+        "empty": comm.all_gather(torch.empty(0, 3)).shape,
+        "columns": comm.all_gather(torch.arange(4).view(2, 2).T).tolist(),
         "objects": comm.all_gather_object({"rank": comm.rank}),
         "broadcast": comm.broadcast_object([comm.rank, "from"]),
     }
@@ -35,6 +39,9 @@ def expected(world_size: int) -> dict[str, object]:
         "count": sum(ranks),
         "int16": [[[rank], [7]] for rank in ranks],
         "bool": [[rank == 1] for rank in ranks],
+        "scalar": list(ranks),
+        "empty": (world_size, 0, 3),
+        "columns": [[[0, 2], [1, 3]]] * world_size,
         "objects": [{"rank": rank} for rank in ranks],
         "broadcast": [0, "from"],
     }
@@ -48,6 +55,76 @@ def test_threads_and_their_collectives(world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_real_ranks_and_their_collectives(world_size: int) -> None:
     assert run_ranks(world_size, use_collectives) == [expected(world_size)] * world_size
+
+
+def count(sender: int, receiver: int) -> int:
+    """Rows that a rank sends to another: some none, and none or some to itself."""
+    return (2 * sender + receiver + 1) % 3
+
+
+def swap_rows(comm: Comm) -> list[object]:
+    """An uneven all_to_all for each of several types and shapes: each element tells sender and receiver."""
+    ranks = range(comm.world_size)
+    counts = [count(comm.rank, receiver) for receiver in ranks]
+    told: list[object] = []
+    for dtype, shape in TYPES_AND_SHAPES:
+        parts = [torch.full((size, *shape), 10 * comm.rank + to + 1) for to, size in zip(ranks, counts)]
+        received = comm.all_to_all(torch.cat(parts).to(dtype), counts)
+        assert received.dtype == dtype
+        told.append(received.tolist())
+    return [*told, comm.all_to_all(torch.empty(0, 3), [0] * comm.world_size).shape]
+
+
+TYPES_AND_SHAPES = (
+    (torch.int16, ()),
+    (torch.float64, (3,)),
+    (torch.bfloat16, (1,)),
+    (torch.bool, (2, 2)),
+    (torch.uint8, (26,)),
+)
+
+
+def swapped(rank: int, world_size: int) -> list[object]:
+    senders = [sender for sender in range(world_size) for _ in range(count(sender, rank))]
+    told: list[object] = [
+        torch.stack([torch.full(shape, 10 * sender + rank + 1).to(dtype) for sender in senders]).tolist()
+        if senders
+        else []
+        for dtype, shape in TYPES_AND_SHAPES
+    ]
+    return [*told, (0, 3)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_threads_send_rows_to_one_another(world_size: int) -> None:
+    assert run_threads(world_size, swap_rows) == [swapped(rank, world_size) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_real_ranks_send_rows_to_one_another(world_size: int) -> None:
+    assert run_ranks(world_size, swap_rows) == [swapped(rank, world_size) for rank in range(world_size)]
+
+
+def use_channel(comm: Comm) -> bool:
+    """Even ranks use the comm first, then the channel; odd ones the channel first, in a thread that has to wait."""
+    channel = comm.channel()
+    assert (channel.rank, channel.world_size) == (comm.rank, comm.world_size)
+    results: dict[str, object] = {}
+    side = threading.Thread(target=lambda: results.update(channel=use_collectives(channel)))
+    if comm.rank % 2:
+        side.start()
+        time.sleep(0.1)
+    results["comm"] = use_collectives(comm)
+    if not comm.rank % 2:
+        side.start()
+    side.join()
+    return results == dict.fromkeys(("comm", "channel"), expected(comm.world_size))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_channel_is_used_beside_its_comm_in_any_order(world_size: int) -> None:
+    assert run_threads(world_size, use_channel) == [True] * world_size
+    assert run_ranks(world_size, use_channel) == [True] * world_size
 
 
 def test_a_copied_thread_comm_is_the_same_rank() -> None:

@@ -43,6 +43,7 @@ def test_every_row_is_read_exactly_once(
     np.testing.assert_array_equal(np.sort(rows), np.arange(sum(shards)))
     for rank in range(world[0]):
         np.testing.assert_array_equal(plan.rank_rows(rank), read_order(plan, rank))
+        np.testing.assert_array_equal(np.sort(plan.rank_rows(rank)), np.flatnonzero(plan.owners() == rank))
 
 
 @given(shards=shard_sizes, world=worlds, batch=st.integers(2, 120), window=st.integers(0, 13))

@@ -27,6 +27,7 @@ from sharding.sources.protocol import Index
 from sharding.writer import write_shards
 
 __all__ = [
+    "Owners",
     "TinySource",
     "make_reader",
     "read_batch",
@@ -81,6 +82,22 @@ class TinySource:
             for member in self.members
         }
         return Sample(key, payload, labels_C, share_C, Place(32633, 600_000.0, 5_300_040.0))
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Who owns which rows, where no plan says so: those of rank 0, of rank 1, ..."""
+
+    rows: tuple[NDArray[np.int32], ...]
+
+    def rank_rows(self, rank: int) -> NDArray[np.int32]:
+        return self.rows[rank]
+
+    def owners(self) -> NDArray[np.int16]:
+        owner_N = np.empty(sum(map(len, self.rows)), dtype=np.int16)
+        for rank, rows in enumerate(self.rows):
+            owner_N[rows] = rank
+        return owner_N
 
 
 def write_tiny(out: Path, source: TinySource | None = None) -> Manifest:
