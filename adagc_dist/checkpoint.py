@@ -92,8 +92,11 @@ class Checkpoint:
 
         Together the ranks get every row once, each floor or ceil(N / world_size) of them; ``RowStore.sync`` then brings
         each row home.
+
+        Raises:
+            FileNotFoundError: the checkpoint was deleted meanwhile.
         """
-        files = sorted(self.path.glob("rows-*.safetensors"))
+        files = [self.path / name for name in sorted(self.marker()["files"]) if name.startswith("rows-")]
         if not files:
             return None
         readers: list[Any] = [safe_open(file, framework="pt") for file in files]
@@ -134,7 +137,7 @@ class Checkpoint:
             record: dict[str, Any] = json.loads(file.read_text())
         except ValueError as error:
             raise self._damaged(file) from error
-        if "schema" not in record or (record["schema"] == SCHEMA and not _FIELDS <= record.keys()):
+        if "schema" not in record or (record["schema"] == SCHEMA and not record.keys() >= _FIELDS):
             raise self._damaged(file)
         return record
 
@@ -166,6 +169,7 @@ class CheckpointStore:
         """
         self.wait()
         if self._channel is None:
+            self._comm.barrier()  # a peer that has gone is missed here at once; on the way to a channel, after an hour
             self._channel = self._comm.channel()
         self._under_way = _Save(self._root, position, _on_host(content), comm=self._channel, keep=self._keep)
         self._under_way.start()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["NullTracker", "RunTracker", "Tracker", "read_status", "write_json"]
+__all__ = ["NullTracker", "RunTracker", "Tracker", "read_status", "write_json", "write_text"]
 
 
 class Tracker(Protocol):
@@ -88,13 +88,18 @@ class RunTracker:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Replace ``path`` at once: a reader sees the old file or the new one. Several processes may write it: each has a
-    partial file of its own, and the last one wins.
+    """``write_text`` of ``record`` as JSON."""
+    write_text(path, json.dumps(record, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` at once: a reader, and who comes after a crash, sees the old file or the new one. Several
+    processes may write it: each has a partial file of its own, and the last one wins.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("x") as stream:
-            json.dump(record, stream, indent=1)
+            stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
@@ -116,7 +121,7 @@ def _keep_lines(path: Path, first_epoch: int) -> None:
     if not path.is_file():
         return
     lines = [line for line in path.read_text().splitlines() if _epoch_of(line) < first_epoch]
-    path.write_text("".join(line + "\n" for line in lines))
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def _epoch_of(line: str) -> float:

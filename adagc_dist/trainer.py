@@ -118,6 +118,7 @@ class Trainer:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Collective: go on after ``checkpoint``, on any number of ranks."""
+        self._verify(checkpoint)
         with first_error_everywhere(self.comm):
             state = checkpoint.state()
             check_same_data(state["data"], self.data, checkpoint.path)
@@ -241,6 +242,7 @@ class Trainer:
         self.checkpoints.wait()  # it may be the one that is being written
         with first_error_everywhere(self.comm):
             best = self.checkpoints.at(_end_of(best_epoch))
+        self._verify(best)
         self._load_learned(best)
         log.info("rewound weights, optimiser and prediction averages to the end of epoch %d", best_epoch + 1)
         return True
@@ -252,19 +254,23 @@ class Trainer:
         rewinds = self.method.calibrates and self.config.detector.rewind and self.moment.trigger_epoch is None
         return _end_of(best) if rewinds and best is not None else None
 
+    def _verify(self, checkpoint: Checkpoint) -> None:
+        """Collective: nothing of ``checkpoint`` is damaged."""
+        with first_error_everywhere(self.comm):
+            if self.comm.rank == 0:  # one reader of all files is enough: they lie on a shared file system
+                checkpoint.verify()
+
     def _load_learned(self, checkpoint: Checkpoint) -> None:
         """Collective: student, teacher, optimiser and store values of ``checkpoint``; rows go home to the plan of the
         present epoch.
         """
-        with first_error_everywhere(self.comm):
-            if self.comm.rank == 0:  # one reader of all files is enough: they lie on a shared file system
-                checkpoint.verify()
         self.engine.student.load_state_dict(checkpoint.tensors("student"))
         self.teacher.model.load_state_dict(checkpoint.tensors("teacher"))
         self.engine.load_state(checkpoint.tensors("optimizer"))
         rows = checkpoint.rows(self.comm.rank, self.comm.world_size)
         if self.method.store is not None and rows is not None:
-            self.method.store.load_state(rows)
+            homes = self.plan(self.moment.epoch).rank_rows(self.comm.rank)
+            self.method.store.load_state(rows, places=len(homes))
             self._home_rows()
 
     def _load_sums(self, sums: Sequence[Mapping[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from adagc_dist.agreement import Stopped, StopReason
 from adagc_dist.checkpoint import Checkpoint, CheckpointStore
 from adagc_dist.comm import Comm, PeerError, first_error_everywhere
 from adagc_dist.config import Config
-from adagc_dist.tracking import NullTracker, RunTracker, Tracker, read_status, write_json
+from adagc_dist.tracking import NullTracker, RunTracker, Tracker, read_status, write_json, write_text
 from adagc_dist.trainer import Trainer
 from launch.failure import is_lost_peer
 from launch.recipe import dump_config, flatten, load_config
@@ -102,10 +102,11 @@ class RunFolder:
             if self._comm.rank == 0:
                 self._path.mkdir(parents=True, exist_ok=True)
                 self._lock = _locked(self._path / ".lock", f"run.dir={self._config.run.dir}")
-                (self._path / "config.yaml").write_text(dump_config(self._config))
-                self._forget_old_stop()
-        self._comm.barrier()
+                write_text(self._path / "config.yaml", dump_config(self._config))
         self._start_log()
+        with first_error_everywhere(self._comm):  # no rank looks for STOP before
+            if self._comm.rank == 0:
+                self._forget_old_stop()
 
     def tracker(self, resumed: Checkpoint | None) -> Tracker:
         """Where this rank reports to, continuing after ``resumed``."""
@@ -184,7 +185,7 @@ class RunFolder:
             log.warning("%s was there before this run began: removed", self.stop_file)
 
     def _check_free(self) -> None:
-        if not self._path.exists() or not any(self._path.iterdir()):
+        if not self._path.exists() or all(_is_beginning(path) for path in self._path.iterdir()):
             return
         name = self._config.run.dir
         if not (self._path / "config.yaml").is_file():
@@ -238,6 +239,11 @@ def mark_failed(run: Path) -> None:
         write_json(
             run / "status.json", status | {"state": "failed", "reason": "a rank failed; see the terminal's output"}
         )
+
+
+def _is_beginning(path: Path) -> bool:
+    """What a run leaves that was killed before it had a config.yaml."""
+    return path.name == ".lock" or (path.name.startswith(".") and path.name.endswith(".partial"))
 
 
 def _locked(path: Path, name: str) -> IO[str]:

@@ -10,28 +10,33 @@ import faulthandler
 import os
 import select
 import signal
-import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any, NoReturn
 
 from adagc_dist.agreement import StopReason
 
-__all__ = ["STOP_FILE", "StopWatcher"]
+__all__ = ["ECHO_SECONDS", "STOP_FILE", "StopWatcher", "say"]
 
 STOP_FILE = "STOP"
-_SIGNALS = {
+ECHO_SECONDS = 2.0  # one stop may arrive twice: from a launcher, and from the batch system to every process
+_SIGNALS: dict[int, StopReason] = {
     signal.SIGTERM: StopReason.SIGTERM,
     signal.SIGUSR1: StopReason.SIGUSR1,
     signal.SIGINT: StopReason.SIGINT,
 }
-_ECHO_SECONDS = 2.0  # one stop may arrive twice: from a launcher, and from the batch system to every process
 _LOOK_SECONDS = 0.5
+_LAST_WORDS_SECONDS = 3
 
 
 class StopWatcher:
-    """``adagc_dist.agreement.Requests`` of this process, while the context lasts.
+    """``adagc_dist.agreement.Requests`` of this process, while the context lasts; it is entered once.
+
+    Signals are heard if the context is entered in the main thread. After a stop they stay ignored: the process is on
+    its way out, and an echo is not to make a failure of it.
 
     Args:
         grace: seconds from a request to the end by force.
@@ -51,10 +56,12 @@ class StopWatcher:
         self._grace, self._launcher = grace, launcher
         self._file: Path | None = None
         self._save_seconds = None if save_minutes is None else 60 * save_minutes
-        self._started = self._saved_at = time.monotonic()
-        self._ends_at = None if max_minutes is None else self._started + 60 * max_minutes
-        self._asked_at: float | None = None
+        self._saved_at = time.monotonic()
+        self._ends_at = None if max_minutes is None else self._saved_at + 60 * max_minutes
         self._stop: StopReason | None = None
+        self._stop_at = 0.0  # when _stop was set
+        self._told_at: float | None = None  # when somebody asked this process, by signal or by file; a clock is nobody
+        self._handlers: dict[int, Any] = {}  # those before ours
         self._watching = True
         self._thread = threading.Thread(target=self._watch, name="stop watcher", daemon=True)
 
@@ -71,8 +78,12 @@ class StopWatcher:
         return self._save_seconds is not None and time.monotonic() - self._saved_at >= self._save_seconds
 
     def stopping(self, reason: StopReason) -> None:
-        if self._stop is None:
-            self._stop, self._asked_at = reason, time.monotonic()
+        if self._stop is not None:
+            return
+        self._stop_at = time.monotonic()  # before the reason, which the thread looks at
+        if reason is StopReason.FILE:
+            self._told_at = self._stop_at
+        self._stop = reason
 
     def saved(self) -> None:
         self._saved_at = time.monotonic()
@@ -80,59 +91,85 @@ class StopWatcher:
     def __enter__(self) -> "StopWatcher":
         self._pipe, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        self._handlers = {}
-        if threading.current_thread() is threading.main_thread():  # else signals are somebody else's
-            self._handlers = {number: signal.signal(number, _heard) for number in _SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            # the pipe first: a signal that finds our handler, which does nothing, must find the pipe as well
             self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+            self._handlers = {number: signal.signal(number, _heard) for number in _SIGNALS}
+            os.register_at_fork(after_in_child=self._forked)
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for number, before in self._handlers.items():  # before the pipe goes, for the same reason
+            ignore = self._stop is not None
+            signal.signal(number, signal.SIG_IGN if ignore else before or signal.SIG_DFL)  # None: it was not Python's
         if self._handlers:
             signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
         self._watching = False
-        os.close(self._writer)  # wakes the thread
+        with suppress(BlockingIOError):  # a full pipe wakes the thread as well
+            os.write(self._writer, bytes(1))  # closing would not: a forked child may hold this end, too
         self._thread.join()
+        os.close(self._writer)
         os.close(self._pipe)
 
+    def _forked(self) -> None:
+        """A child that inherits our handlers does not speak for us."""
+        if self._watching:
+            signal.set_wakeup_fd(-1)
+
     def _watch(self) -> None:
+        poll = select.poll()
+        poll.register(self._pipe, select.POLLIN)
         while self._watching:
-            if select.select([self._pipe], [], [], _LOOK_SECONDS)[0]:
+            if poll.poll(1000 * _LOOK_SECONDS):
                 for number in os.read(self._pipe, 64):
                     self._on_signal(number)
             if self._stop is None:
                 self._look_around()
-            elif self._asked_at is not None and time.monotonic() - self._asked_at > self._grace:
-                self._end(f"the stop ({self._stop.value}) did not come to an end within {self._grace:.0f} s")
+            elif time.monotonic() - self._stop_at > self._grace:
+                _end(f"the stop ({self._stop.value}) did not come to an end within {self._grace:g} s")
 
     def _on_signal(self, number: int) -> None:
-        reason = _SIGNALS.get(signal.Signals(number))
-        if reason is None:
+        reason = _SIGNALS.get(number)
+        if reason is None:  # another handler's, or the end of the context
             return
-        if self._asked_at is None or self._stop is None:
+        now = time.monotonic()
+        if self._told_at is None:
+            self._told_at = now
+            if self._launcher is None:
+                say(f"{reason.value}: saving and stopping. Once more ends it at once")
             self.stopping(reason)
-        elif time.monotonic() - self._asked_at > _ECHO_SECONDS:
-            self._end(f"asked to stop a second time ({reason.value})")
+        elif now - self._told_at > ECHO_SECONDS:
+            _end(f"asked to stop a second time ({reason.value})")
 
     def _look_around(self) -> None:
-        if self._file is not None and self._file.exists():
+        if self._file is not None and os.path.exists(self._file):  # unlike Path.exists, false where the disk fails
             self.stopping(StopReason.FILE)
         elif self._ends_at is not None and time.monotonic() > self._ends_at:
             self.stopping(StopReason.BUDGET)
         elif self._launcher is not None and os.getppid() != self._launcher:
             self.stopping(StopReason.ORPHANED)
 
-    def _end(self, why: str) -> None:
-        """Without a word to anybody: what hangs, hangs. Says where."""
-        print(f"adagc train: {why}: ending now, the newest complete checkpoint counts. It was here:", file=sys.stderr)
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        sys.stderr.flush()
+
+def say(text: str) -> None:
+    """To the terminal, past sys.stderr and its lock: the main thread may be stuck with it."""
+    with suppress(OSError):
+        os.write(2, f"adagc train: {text}\n".encode())
+
+
+def _end(why: str) -> NoReturn:
+    """Without an orderly end of anything: what hangs, hangs. Says where."""
+    signal.alarm(_LAST_WORDS_SECONDS)  # ends us where nobody takes our words, as in `adagc train ... 2>&1 | less`
+    try:
+        trace = os.memfd_create("trace")  # said in one piece: other ranks may be talking as well
+        faulthandler.dump_traceback(file=trace, all_threads=True)
+        where = os.pread(trace, 1 << 16, 0).decode()
+        say(f"{why}: ending now, the newest complete checkpoint counts. It was here:\n{where}")
+    finally:
         os._exit(1)
 
 
 def _heard(number: int, frame: object) -> None:
-    """The watcher has read the signal's number from the pipe."""
+    """The signal's number is in the pipe already."""

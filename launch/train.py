@@ -83,12 +83,13 @@ def train(config: Config) -> None:
         FileNotFoundError, ValueError: the data, the model or the run's folder do not fit the configuration.
         Stopped: somebody asked for it, and the run is saved.
     """
-    from launch.build import build_trainer
-    from launch.rundir import RunFolder
-
     world = World.from_env(os.environ)
     device = world.device(config.engine.device)
+    stopped: Stopped | None = None
     with _watcher(config, world) as watcher, world_context(world, device) as comm:
+        from launch.build import build_trainer  # after the watcher, for they take seconds to import
+        from launch.rundir import RunFolder
+
         with first_error_everywhere(comm):
             check(config, comm.world_size)
         run = RunFolder(config, comm)
@@ -105,7 +106,12 @@ def train(config: Config) -> None:
         log.info(
             "%d rank(s) on %s, %s", comm.world_size, device.type, "from the start" if latest is None else latest.path
         )
-        run.train(trainer)
+        try:
+            run.train(trainer)
+        except Stopped as error:  # for the context it is an end like any other, on all ranks
+            stopped = error
+    if stopped is not None:
+        raise stopped
 
 
 def _watcher(config: Config, world: World) -> StopWatcher:

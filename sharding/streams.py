@@ -7,7 +7,10 @@ library drops without a word (it takes a damaged tar header for the end of the a
 did not come is an error, or skipped, as with the indexed reader.
 """
 
+import os
+import signal
 import tarfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ from sharding.loader import Batch, note_skipped
 from sharding.manifest import LabelTable, Manifest, Shard
 from sharding.plan import Slot
 from sharding.reader import BandGroup, ReadError
-from sharding.workers import cover_failed
+from sharding.workers import cover_failed, ignore_signals
 
 __all__ = ["StreamLoader", "Streams"]
 
@@ -80,11 +83,28 @@ class StreamLoader:
             num_workers=min(1, self.workers),
             prefetch_factor=self.prefetch if self.workers else None,
             multiprocessing_context="fork" if self.workers else None,
+            worker_init_fn=_init_worker,
         )
         for slot, groups, failures in loader:
             if failures and self.on_error == "stop":
                 raise ReadError(failures[0][1])
             yield Batch(slot, groups, note_skipped(len(slot.rows), failures))
+
+
+def _init_worker(number: int) -> None:
+    """What a batch system sends to everybody is the parent's business; what the parent sends, ends it: the library has
+    no other way when it leaves in a hurry, and waits for that end.
+    """
+
+    def obey_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    ignore_signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ignored, it could not be waited for
+    threading.Thread(target=obey_parent, daemon=True).start()
 
 
 _Filled = tuple[Slot, tuple[Tensor, ...], list[tuple[int, str]]]

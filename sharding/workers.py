@@ -2,13 +2,14 @@
 
 Job k is worker k % W's, and its reports are received in that order, so a pipe per worker is all there is: no queues, no
 feeder threads. Messages are small (which buffer, how many rows), since the rows lie in the ring as well; a pipe never
-fills up. Workers end when their pipe does, so they do not outlive a parent however it ends; they ignore SIGINT and
-SIGTERM, which a terminal or a batch system sends to everybody: the parent decides.
+fills up. Workers end when their pipe does, so they do not outlive a parent however it ends; they ignore SIGINT,
+SIGTERM and SIGUSR1, which a terminal or a batch system sends to everybody: the parent decides.
 """
 
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections import deque
 from collections.abc import Sequence
@@ -25,9 +26,11 @@ from numpy.typing import NDArray
 from sharding.reader import PatchReader, ReadError, Target
 from sharding.ring import Ring
 
-__all__ = ["Filler", "Job", "Report", "StartMethod", "WorkerError", "WorkerPool", "cover_failed"]
+__all__ = ["Filler", "Job", "Report", "StartMethod", "WorkerError", "WorkerPool", "cover_failed", "ignore_signals"]
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
+
+_END_SECONDS = 1.0  # for all workers together; a read that takes longer is cut off, for nobody waits for its rows
 
 
 class WorkerError(OSError):
@@ -150,8 +153,7 @@ def cover_failed(arrays: Sequence[NDArray[np.generic]], size: int, failed: Seque
 
 def _work(filler: Filler, pipe: Connection, others: Sequence[Connection], stages: bool) -> None:
     """A worker's life: until the pipe ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     for other in others:
         other.close()
     filler.stages = stages  # one fetches ahead for all of a rank; a shard that is wanted now, anyone
@@ -169,6 +171,12 @@ def _work(filler: Filler, pipe: Connection, others: Sequence[Connection], stages
         os._exit(0)
 
 
+def ignore_signals() -> None:
+    """For a reading process: what a terminal or a batch system sends to everybody is its parent's business."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _portable(error: Exception) -> Exception:
     """As it is if it was meant for the user, with its trace if it is a fault of ours."""
     if isinstance(error, ReadError):
@@ -181,7 +189,8 @@ def _close(pipes: Sequence[Connection], processes: Sequence[BaseProcess]) -> Non
         with suppress(OSError):  # its worker has died already
             pipe.send(None)  # closing alone would not do: workers of another pool, forked later, hold this end as well
         pipe.close()
+    end = time.monotonic() + _END_SECONDS
     for process in processes:
-        process.join(5.0)
+        process.join(max(0.0, end - time.monotonic()))
         if process.is_alive():
             process.kill()
