@@ -161,6 +161,11 @@ class CheckpointStore:
         self._channel: Comm | None = None  # opened with the first save: ranks may not have met before
         self._under_way: _Save | None = None
 
+    def open(self) -> None:
+        """Collective: the channel on which ranks agree about saves. Before training, for to meet takes the launcher."""
+        if self._channel is None:
+            self._channel = self._comm.channel()
+
     def save(self, position: Position, content: Content) -> None:
         """Collective: copy ``content`` to host memory and begin to write it; waits for the save before.
 
@@ -168,14 +173,16 @@ class CheckpointStore:
             RuntimeError, OSError: the save before failed, on every rank (on_error "stop").
         """
         self.wait()
-        if self._channel is None:
-            self._comm.barrier()  # a peer that has gone is missed here at once; on the way to a channel, after an hour
-            self._channel = self._comm.channel()
+        self.open()
+        assert self._channel is not None
         self._under_way = _Save(self._root, position, _on_host(content), comm=self._channel, keep=self._keep)
         self._under_way.start()
 
-    def wait(self) -> None:
+    def wait(self, *, strict: bool = False) -> None:
         """Collective: until nothing is being written.
+
+        Args:
+            strict: a failure is one whatever ``on_error`` says: nothing comes after this save.
 
         Raises:
             RuntimeError, OSError: a rank could not write; on every rank (on_error "stop").
@@ -186,9 +193,14 @@ class CheckpointStore:
         ended.join()
         if ended.error is None:
             return
-        if self._on_error == "stop":
+        if strict or self._on_error == "stop":
             raise ended.error
         log.warning("no checkpoint was written: %s. The run goes on (run.on_save_error=continue)", ended.error)
+
+    def abandon(self, seconds: float = 30.0) -> None:
+        """For a run that has failed: let what is being written come to its end, if it does so soon."""
+        if self._under_way is not None:
+            self._under_way.join(seconds)
 
     @property
     def writing(self) -> bool:

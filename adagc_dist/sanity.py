@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from adagc_dist.comm import Comm
+from adagc_dist.comm import Comm, first_error_everywhere
 
 __all__ = ["check_sanity"]
 
@@ -23,18 +23,20 @@ def check_sanity(models: Mapping[str, Mapping[str, Tensor]], comm: Comm, step: i
 
     Raises:
         ValueError: the message names the first tensor, how many others, and the ranks.
+        PeerError: the same, on the other ranks.
     """
     names = [f"{model}.{name}" for model, tensors in models.items() for name in tensors]
     prints_T = torch.stack([_fingerprint(tensor) for tensors in models.values() for tensor in tensors.values()])
     prints_RT = comm.all_gather(prints_T).cpu()
-    infinite_RT, bits_RT = prints_RT[..., 1] > 0, prints_RT[..., 0]
-    if infinite_RT.any():
-        raise ValueError(
-            f"step {step}: {_told(names, infinite_RT)} holds values that are not finite: training has diverged. "
-            "Lower optim.lr, or set optim.clip_norm"
-        )
-    other_RT = bits_RT != bits_RT[:1]
-    if other_RT.any():
+    infinite_RT, other_RT = prints_RT[..., 1] > 0, prints_RT[..., 0] != prints_RT[:1, :, 0]
+    if not infinite_RT.any() and not other_RT.any():
+        return
+    with first_error_everywhere(comm):  # all ranks know it, one tells
+        if infinite_RT.any():
+            raise ValueError(
+                f"step {step}: {_told(names, infinite_RT)} holds values that are not finite: training has diverged. "
+                "Lower optim.lr, or set optim.clip_norm"
+            )
         raise ValueError(
             f"step {step}: {_told(names, other_RT)} differs from rank 0's: the ranks no longer train one model. "
             "A rank computes wrongly (failing memory or GPU), or runs another version of the code"

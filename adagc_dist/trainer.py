@@ -105,7 +105,7 @@ class Trainer:
         except Stopped:
             if self._saved != self.moment.position:
                 self._save()
-            self.checkpoints.wait()
+            self.checkpoints.wait(strict=True)
             raise
         self.checkpoints.wait()
 

@@ -76,8 +76,10 @@ def build_trainer(
         parts = _load(config)
     _check_one_manifest(parts.shards, comm)
     shards, train, validation = parts.shards, parts.train, parts.validation
+    checkpoints.open()
     plan = lru_cache(maxsize=2)(lambda epoch: make_plan(shards, comm.world_size, epoch))
-    engine = DdpEngine(parts.student, config, comm=comm, device=device)
+    example = torch.zeros(2, len(shards.bands), shards.size, shards.size)
+    engine = DdpEngine(parts.student, config, comm=comm, device=device, example=example)
     teacher = EmaTeacher(engine.student, momentum=_teacher_momentum(config, plan(0).num_steps))
     pixels = shards.pixels(device)
     scorer = make_scorer(shards, validation, pixels, comm=comm, device=device)

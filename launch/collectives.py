@@ -74,6 +74,7 @@ class TorchComm:
         dist.barrier(group=self._group)
 
     def channel(self) -> "TorchComm":
+        self.barrier()  # a peer that has gone is missed here at once; on the way to a group, after its timeout
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_CHANNEL_TIMEOUT))
         return TorchComm(torch.device("cpu"), group)
 

@@ -21,9 +21,21 @@ class DdpEngine:
 
     The loss given to ``backward`` is a local sum over a global count, times the world size (DESIGN decision 3), so that
     DDP's mean over ranks is the exact global mean though slots differ.
+
+    Args:
+        example: images [B, D, H, W] of the shape that will be trained on, B at least 2; None leaves the first step of
+            a process on three ranks and more to another order of sums.
     """
 
-    def __init__(self, student: nn.Module, config: Config, *, comm: Comm, device: torch.device) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        config: Config,
+        *,
+        comm: Comm,
+        device: torch.device,
+        example: Tensor | None = None,
+    ) -> None:
         student = student.to(device)
         if config.engine.batchnorm == "sync" and comm.world_size > 1:
             student = synchronise(student, comm)
@@ -35,6 +47,8 @@ class DdpEngine:
             _groups(student, config.optim.weight_decay), lr=config.optim.lr, foreach=True
         )
         self._rows_of_step, self._micro_batches_of_step = 0, 0
+        if example is not None and isinstance(self._wrapped, DistributedDataParallel):
+            self._settle_buckets(example.to(device))
 
     @property
     def student(self) -> nn.Module:
@@ -88,6 +102,21 @@ class DdpEngine:
             # AdamW keeps its step count on the host: no sync to read it
             device = "cpu" if key == "step" else parameter.device
             self._optimizer.state[parameter][key] = value.to(device).clone()
+
+    def _settle_buckets(self, example: Tensor) -> None:
+        """DDP lays out its gradient buckets anew after a process's first backward pass, and with them the order of a
+        sum over three ranks and more. Let that pass be over before training: a run that goes on then sums as one that
+        never stopped. Nothing is learnt from it.
+        """
+        before = [buffer.clone() for buffer in self._student.buffers()]
+        self._student.train()
+        with self.autocast():
+            loss = self._wrapped(example).float().sum() * 0.0
+        loss.backward()
+        with torch.no_grad():
+            for buffer, value in zip(self._student.buffers(), before):
+                buffer.copy_(value)
+        self._optimizer.zero_grad(set_to_none=True)
 
     @property
     def _is_last(self) -> bool:

@@ -128,12 +128,15 @@ class RunFolder:
             raise
         except Exception as error:
             self._failed(trainer, error)
+            if not is_lost_peer(error):
+                trainer.checkpoints.abandon()
             raise
         self._finished(trainer)
 
     def _finished(self, trainer: Trainer) -> None:
-        """Write the trained teacher and the final status."""
+        """Write the trained teacher and the final status; a request to stop came too late."""
         if self._comm.rank == 0:
+            self.stop_file.unlink(missing_ok=True)
             metadata = {name: json.dumps(value) for name, value in trainer.data.items()}
             tensors = {name: tensor.cpu().contiguous() for name, tensor in trainer.teacher.model.state_dict().items()}
             partial = self._path / (TEACHER + ".partial")

@@ -1,6 +1,8 @@
 """The configuration checks itself when it is built: ranges, and the bounds on the warm-up."""
 
 import dataclasses
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from adagc_dist.config import (
     OptimConfig,
     RunConfig,
 )
+from launch.recipe import load_config
 
 
 def config(**sections: Any) -> Config:
@@ -47,6 +50,10 @@ def test_the_defaults_are_valid() -> None:
         (OptimConfig, {"clip_norm": float("nan")}, r"optim\.clip_norm=nan must not be negative"),
         (RunConfig, {"log_every": 0}, r"run\.log_every=0 must be at least 1"),
         (RunConfig, {"keep_checkpoints": 0}, r"run\.keep_checkpoints=0 must be at least 1"),
+        (RunConfig, {"max_minutes": 0.0}, r"run\.max_minutes=0\.0 must be positive"),
+        (RunConfig, {"max_minutes": float("nan")}, r"run\.max_minutes=nan must be positive"),
+        (RunConfig, {"stop_seconds": 0.0}, r"run\.stop_seconds=0\.0 must be positive"),
+        (RunConfig, {"sanity_every": -1}, r"run\.sanity_every=-1 must not be negative \(0 is off\)"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(section: type, values: dict[str, Any], message: str) -> None:
@@ -59,6 +66,56 @@ def test_what_a_run_cannot_do_without() -> None:
         config(data=DataConfig())
     with pytest.raises(ValueError, match=r"run\.dir is not set: a folder for this run"):
         config(run=RunConfig())
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "minutes"),
+    [
+        ("500 steps", 500, None),
+        ("1 step", 1, None),
+        ("3steps", 3, None),
+        ("15 minutes", None, 15),
+        ("1 minute", None, 1),
+        ("90minutes", None, 90),
+        ("epoch", None, None),
+    ],
+)
+def test_checkpoints_come_by_steps_by_minutes_or_by_epochs(text: str, steps: int | None, minutes: int | None) -> None:
+    run = RunConfig(checkpoint_every=text)
+    assert (run.checkpoint_steps, run.checkpoint_minutes) == (steps, minutes)
+    assert load_config(None, ["data.shards=s", "run.dir=r", f"run.checkpoint_every={text}"]).run == replace(
+        run, dir="r"
+    )
+
+
+def test_by_default_checkpoints_come_every_quarter_of_an_hour() -> None:
+    assert (RunConfig().checkpoint_steps, RunConfig().checkpoint_minutes) == (None, 15)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "10", "0 steps", "-1 steps", "1.5 minutes", "steps", "epochs", "2 epochs", "15 min", "2 hours", "5  steps",
+     " 5 steps", "5 steps\n", "007 steps", "5 minutes 3 steps", "never"],
+)  # fmt: skip
+def test_other_times_for_checkpoints_are_refused_with_examples(text: str) -> None:
+    message = rf"run\.checkpoint_every={re.escape(text)} must be like `500 steps`, `15 minutes` or `epoch`"
+    with pytest.raises(ValueError, match=message):
+        RunConfig(checkpoint_every=text)
+
+
+@pytest.mark.parametrize(
+    ("setting", "choices"),
+    [
+        ("run.checkpoint_every=10", "500 steps"),
+        ("run.on_save_error=ignore", "continue"),
+        ("run.resume=always", "never"),
+        ("engine.row_exchange=ring", "all_to_all"),
+    ],
+)
+def test_on_the_command_line_what_is_refused_comes_with_what_is_not(setting: str, choices: str) -> None:
+    with pytest.raises(ValueError, match=choices) as told:
+        load_config(None, ["data.shards=s", "run.dir=r", setting])
+    assert setting.split("=")[0] in str(told.value)
 
 
 def test_it_cannot_be_changed() -> None:

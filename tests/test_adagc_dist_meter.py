@@ -1,5 +1,6 @@
 """What is told of many steps and ranks: global means, whatever the slots."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -80,3 +81,92 @@ def test_waiting_is_the_share_of_time_in_which_no_batch_was_there(monkeypatch: p
     values = meter.read()
     assert values["speed/data_wait_share"] == 6.0 / 7.5
     assert values["speed/samples_per_second"] == 6 / 7.5
+
+
+# Saved and gone on with
+
+VARIED = [(0, 0.125), (1, 3.7), (2, -0.3), (3, 1e-3), (4, 19.0), (5, 0.7)]
+
+
+def add_step(meter: Meter, comm: Comm, step: int, value: float, ranks: int) -> None:
+    """What a step leaves, dealt to the ranks: the same sums for any number of them."""
+    for part in range(6):  # of a step, as whole as can be: rank after rank
+        if part % ranks == comm.rank:
+            meter.add(losses(value + part, -0.25 * part, [2.0 + part, 1.0 + part, 4.0 + part]), 3)
+    meter.step(torch.tensor(1.0 + step))
+
+
+def steps_with_a_break(ranks: list[int], cut: int) -> list[dict[str, float]]:
+    """The first ``cut`` steps on ``ranks[0]`` ranks, the others on ``ranks[1]``; what each of the latter reads."""
+
+    def before(comm: Comm) -> list[float]:
+        meter = Meter(CPU, comm)
+        for step, value in VARIED[:cut]:
+            add_step(meter, comm, step, value, ranks[0])
+        return meter.state()
+
+    states = run_threads(ranks[0], before)
+    assert json.loads(json.dumps(states)) == states
+
+    def after(comm: Comm) -> dict[str, float]:
+        meter = Meter(CPU, comm)
+        meter.load_state(states)
+        for step, value in VARIED[cut:]:
+            add_step(meter, comm, step, value, ranks[1])
+        return {name: value for name, value in meter.read().items() if not name.startswith("speed/")}
+
+    return run_threads(ranks[1], after)
+
+
+def steps_at_once(ranks: int) -> dict[str, float]:
+    def work(comm: Comm) -> dict[str, float]:
+        meter = Meter(CPU, comm)
+        for step, value in VARIED:
+            add_step(meter, comm, step, value, ranks)
+        return {name: value for name, value in meter.read().items() if not name.startswith("speed/")}
+
+    return run_threads(ranks, work)[0]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 4, 6])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_on_as_many_ranks_a_break_changes_no_bit_of_what_is_told(ranks: int, cut: int) -> None:
+    whole = steps_at_once(ranks)
+    assert steps_with_a_break([ranks, ranks], cut) == [whole] * ranks
+    assert whole["pseudo/count"] == 6 * sum(2 + part for part in range(6))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 4, 6])
+@pytest.mark.parametrize("ranks", [[1, 2], [2, 1], [2, 3], [3, 2], [1, 6]], ids=str)
+def test_on_other_ranks_a_break_changes_only_the_rounding(ranks: list[int], cut: int) -> None:
+    whole = steps_at_once(1)
+    for found in steps_with_a_break(ranks, cut):
+        assert found == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_break_is_not_counted_as_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("adagc_dist.meter.time.perf_counter", lambda: now)
+    meter = Meter(CPU, SoloComm())
+    meter.add(losses(1.0), 6)
+    now = 102.0
+    state = meter.state()
+    now = 5000.0
+    later = Meter(CPU, SoloComm())
+    later.load_state([state])
+    now = 5001.0
+    later.add(losses(1.0), 6)
+    assert later.read()["speed/samples_per_second"] == 12 / 3.0
+
+
+def test_a_state_does_not_change_with_the_meter() -> None:
+    meter = Meter(CPU, SoloComm())
+    meter.add(losses(1.0), 6)
+    state = meter.state()
+    kept = list(state)
+    meter.add(losses(5.0), 6)
+    assert state == kept
+    meter.reset()
+    meter.load_state([state])
+    meter.step(torch.tensor(2.0))
+    assert (meter.read()["loss/bce"], meter.read()["gradient_norm"]) == (1.0, 2.0)

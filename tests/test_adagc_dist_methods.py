@@ -16,6 +16,7 @@ from adagc_dist.methods import Phase, make_method
 from adagc_dist.methods.adagc import AdaGC
 from adagc_dist.teacher import EmaTeacher
 from launch.engines import DdpEngine
+from tests.tiny import Owners
 
 CPU = torch.device("cpu")
 B, C, GLOBAL = 6, 4, 20
@@ -54,7 +55,7 @@ def parts(**settings: Any) -> tuple[Any, DdpEngine, EmaTeacher]:
             parameter.add_(0.3 * torch.randn(parameter.shape))
     method = make_method(config.method, engine=engine, teacher=teacher, comm=SoloComm(), num_rows=12, num_classes=C)
     if method.store is not None:
-        method.store.home(np.arange(12, dtype=np.int32))
+        method.store.home(Owners((np.arange(12, dtype=np.int32),)))
     return method, engine, teacher
 
 

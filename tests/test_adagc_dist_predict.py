@@ -144,3 +144,42 @@ def test_lost_rows_are_counted_over_all_ranks_and_every_rank_stops(tiny_shards: 
     told = run_ranks(2, refusal, config, [0, 15, 16, 31, 39])
     assert told[0].startswith("ValueError: 5 of 40 rows could not be read, more than data.max_bad_fraction=0.1")
     assert told[1].startswith("PeerError: rank 0 failed: ")  # one of them tells it
+
+
+class Enough(Exception):
+    """Ends a scoring."""
+
+
+def count_blocks(comm: Comm, config: Config, ends_after: int) -> tuple[int, bool]:
+    """How often a rank was asked after a block, and whether that ended it."""
+    torch.set_num_threads(1)
+    shards = Shards.open(config)
+    scorer = make_scorer(shards, shards.table("test"), shards.pixels(CPU), comm=comm, device=CPU)
+    calls = 0
+
+    def after_block() -> None:
+        nonlocal calls
+        calls += 1
+        assert comm.all_gather_object(calls) == [calls] * comm.world_size  # a collective, as the trainer's is
+        if calls == ends_after:
+            raise Enough
+
+    try:
+        scorer.score(student(config), after_block=after_block)
+    except Enough:
+        return calls, True
+    return calls, False
+
+
+@pytest.mark.parametrize(("world_size", "rounds"), [(1, 3), (2, 2), (3, 1), (5, 1)])
+def test_every_rank_is_asked_after_each_round_also_those_that_had_no_block(
+    tiny_shards: Path, world_size: int, rounds: int
+) -> None:
+    """40 rows are three blocks of 16."""
+    config = tiny_config(tiny_shards, Path("run"), "run.eval_block=16")
+    assert run_ranks(world_size, count_blocks, config, 0) == [(rounds, False)] * world_size
+
+
+def test_a_scoring_may_be_ended_after_a_block_on_all_ranks(tiny_shards: Path) -> None:
+    config = tiny_config(tiny_shards, Path("run"), "run.eval_block=8")
+    assert run_ranks(2, count_blocks, config, 2) == [(2, True)] * 2

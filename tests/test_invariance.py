@@ -26,7 +26,6 @@ from adagc_dist.batchnorm import batchnorm_layers
 from adagc_dist.checkpoint import CheckpointStore
 from adagc_dist.comm import Comm
 from adagc_dist.config import Config
-from adagc_dist.meter import Meter
 from adagc_dist.trainer import Moment, Trainer
 from launch.build import build_trainer
 from sharding.rng import derive_rng
@@ -110,7 +109,7 @@ def take_step(comm: Comm, config: Config, calibrating: bool) -> Outcome:
     """The step ``STEP`` of epoch ``EPOCH`` through the trainer's own code."""
     trainer = build_trainer(config, comm=comm, device=CPU, checkpoints=CheckpointStore(Path("none"), comm=comm, keep=1))
     set_mid_training(trainer)
-    trainer.moment = Moment(epoch=EPOCH, step=50, calibrating=calibrating)
+    trainer.moment = Moment(epoch=EPOCH, epoch_step=STEP, step=50, calibrating=calibrating)
     layers, before, gradient = batchnorm_layers(trainer.engine.student), [], {}
     engine_step = trainer.engine.step
 
@@ -122,8 +121,8 @@ def take_step(comm: Comm, config: Config, calibrating: bool) -> Outcome:
     trainer.engine.step = watched_step  # type: ignore[method-assign]
     plan = trainer.plan(EPOCH)
     slots = [plan.slot(STEP, comm.rank, micro) for micro in range(plan.accumulation)]
-    meter = Meter(CPU, comm)
-    trainer._train_step(trainer.loader.read(slots), plan, meter)
+    trainer._train_step(trainer.loader.read(slots), plan)
+    trainer.agreement.answer()
     rows = [row for slot in slots for row in slot.rows.tolist()]
     store = trainer.method.store
     return Outcome(
@@ -132,7 +131,7 @@ def take_step(comm: Comm, config: Config, calibrating: bool) -> Outcome:
         student=clone(trainer.engine.student.state_dict()),
         teacher=clone(trainer.teacher.model.state_dict()),
         averages={} if store is None else {row: store.values[store.locate(np.array([row]))].clone() for row in rows},
-        report=meter.read(),
+        report=trainer._meter.read(),
         statistics_before=before,
         statistics_after=statistics(layers),
     )

@@ -5,11 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-from adagc_dist.comm import SoloComm
+from adagc_dist.checkpoint import Content, Position
+from adagc_dist.comm import Comm, PeerError, SoloComm
 from adagc_dist.tracking import read_status, write_json
 from launch.recipe import dump_config, load_config
 from launch.rundir import RunFolder, mark_failed
+from tests.ranks import run_threads
 
 
 def folder(run: Path, *overrides: str) -> RunFolder:
@@ -36,6 +39,76 @@ def test_a_failed_start_may_be_mended(tmp_path: Path) -> None:
     finish(tmp_path / "run")
     write_json(tmp_path / "run" / "status.json", {"state": "failed"})
     folder(tmp_path / "run", "optim.lr=0.5").check()
+
+
+def begin(run: Path, *, state: str = "stopped") -> None:
+    """An unfinished run of the same settings, with a checkpoint after its second epoch."""
+    finish(run)
+    write_json(run / "status.json", {"state": state, "epochs": 60})
+    checkpoints = folder(run).checkpoints
+    checkpoints.save(Position(2), Content({"student": {"a": torch.ones(2)}}, None, {}))
+    checkpoints.wait()
+
+
+@pytest.mark.parametrize("state", ["stopped", "failed", "running"])
+def test_an_unfinished_run_goes_on_unless_that_is_not_wanted(tmp_path: Path, state: str) -> None:
+    run = tmp_path / "run"
+    begin(run, state=state)
+    folder(run).check()
+    found = folder(run).latest()
+    assert found is not None
+    assert found.position == Position(2)
+    message = (
+        "holds an unfinished run, and run.resume=never: name another folder with run.dir=..., or continue it with "
+        "run.resume=auto"
+    )
+    with pytest.raises(ValueError, match=message):
+        folder(run, "run.resume=never").check()
+
+
+def test_a_run_that_may_not_go_on_still_begins(tmp_path: Path) -> None:
+    """In a new folder, in an empty one, and over a start that failed before it had learnt anything."""
+    folder(tmp_path / "new", "run.resume=never").check()
+    (tmp_path / "empty").mkdir()
+    folder(tmp_path / "empty", "run.resume=never").check()
+    finish(tmp_path / "run")
+    write_json(tmp_path / "run" / "status.json", {"state": "failed"})
+    folder(tmp_path / "run", "run.resume=never").check()
+
+
+def test_other_settings_are_told_before_the_wish_not_to_go_on(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"another run \(optim.lr: 0.001 there, 0.5 here\)"):
+        folder(tmp_path / "run", "run.resume=never", "optim.lr=0.5").check()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["run.checkpoint_every=epoch", "run.keep_checkpoints=5", "run.on_save_error=continue", "run.max_minutes=30",
+     "run.sanity_every=1", "engine.row_exchange=all_to_all", "optim.accumulation=2", "data.window_shards=1"],
+)  # fmt: skip
+def test_a_run_goes_on_with_other_ways_to_do_the_same(tmp_path: Path, setting: str) -> None:
+    begin(tmp_path / "run")
+    folder(tmp_path / "run", setting).check()
+
+
+def test_a_rank_that_does_not_see_the_checkpoint_stops_all(tmp_path: Path) -> None:
+    """Nodes whose run.dir is a local disk each: rank 0's alone holds it."""
+    begin(tmp_path / "run")
+    (tmp_path / "other").mkdir()
+
+    def look(comm: Comm) -> str:
+        run = tmp_path / ("run" if comm.rank == 0 else "other")
+        config = load_config(None, [f"run.dir={run}", "data.shards=none"])
+        try:
+            RunFolder(config, comm).latest()
+        except (ValueError, PeerError) as error:
+            return str(error)
+        return ""
+
+    told = run_threads(3, look)
+    assert "other/checkpoints/epoch-0002-step-00000 is no complete checkpoint" in told[1]
+    assert told[0] == told[2] == f"rank 1 failed: ValueError: {told[1]}"
 
 
 def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:

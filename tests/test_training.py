@@ -23,11 +23,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from adagc_dist import checkpoint
+from adagc_dist.checkpoint import Position
 from adagc_dist.comm import Comm
 from adagc_dist.detector import Verdict
+from adagc_dist.trainer import Moment
 from launch import train as command
 from launch.build import build_trainer
-from launch.recipe import load_config
+from launch.recipe import dump_config, load_config
 from launch.rundir import RunFolder
 from tests.ranks import RankError, Ranks, run_ranks
 from tests.tiny import tiny_settings
@@ -49,6 +52,11 @@ def without_speed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def status_of(run: Path) -> dict[str, Any]:
     status: dict[str, Any] = json.loads((run / "status.json").read_text())
     return status
+
+
+def after_epoch(run: Path, epoch: int) -> Path:
+    """The checkpoint at the end of ``epoch``, counted from 0."""
+    return run / "checkpoints" / str(Position(epoch + 1))
 
 
 def teacher_of(run: Path) -> dict[str, Tensor]:
@@ -156,7 +164,10 @@ def test_the_teacher_carries_what_it_is_bound_to(finished: Path, tiny_shards: Pa
 
 def test_old_checkpoints_were_deleted_and_the_last_one_is_whole(finished: Path) -> None:
     store = RunFolder(load_config(finished / "config.yaml"), _Alone()).checkpoints
-    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["epoch-0003", "epoch-0004"]
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [
+        "epoch-0004-step-00000",
+        "epoch-0005-step-00000",
+    ]
     latest = store.latest()
     assert latest is not None
     latest.verify()
@@ -164,6 +175,14 @@ def test_old_checkpoints_were_deleted_and_the_last_one_is_whole(finished: Path) 
     parts = [latest.rows(rank, 2) for rank in range(2)]
     rows = np.concatenate([part["rows"].numpy() for part in parts if part is not None])
     np.testing.assert_array_equal(np.sort(rows), np.arange(90))
+
+
+def may_mount(folder: Path) -> bool:
+    """Whether this process may mount a file system that only it sees."""
+    if shutil.which("unshare") is None:
+        return False
+    script = f'mount -t tmpfs -o size=1m tmpfs "{folder}"'
+    return subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True).returncode == 0
 
 
 class _Alone:
@@ -176,6 +195,10 @@ def curves_of(run: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def timeless(curves: dict[str, Any]) -> dict[str, Any]:
+    return {name: points for name, points in curves.items() if "speed/" not in name}
 
 
 def test_tensorboard_has_the_curves(finished: Path) -> None:
@@ -207,9 +230,14 @@ def test_another_seed_is_another_run(finished: Path, tmp_path: Path) -> None:
 
 def kill_after_epoch(settings: Sequence[str], run: Path, epoch: int) -> None:
     """Two ranks that lose their power once the checkpoint of ``epoch`` is complete."""
+    kill_after(settings, run, Position(epoch + 1))
+
+
+def kill_after(settings: Sequence[str], run: Path, position: Position) -> None:
+    """Two ranks that lose their power once this checkpoint is complete."""
     ranks = Ranks(2, command_line, ["demo", *settings], timeout=120.0)
-    marker, deadline = run / "checkpoints" / f"epoch-{epoch:04d}" / "COMPLETE.json", time.monotonic() + 100
-    while not marker.is_file() and time.monotonic() < deadline:
+    marker, deadline = run / "checkpoints" / str(position) / "COMPLETE.json", time.monotonic() + 100
+    while not marker.is_file() and time.monotonic() < deadline and ranks.processes[0].is_alive():
         time.sleep(0.002)
     ranks.kill()
     assert marker.is_file()
@@ -243,6 +271,248 @@ def test_a_killed_run_goes_on_with_another_number_of_ranks(tiny_shards: Path, fi
     whole, resumed = lines_of(finished), lines_of(run)
     assert without_speed(resumed[:2]) == without_speed(whole[:2])
     assert resumed[2]["loss/bce"] == pytest.approx(whole[2]["loss/bce"], rel=0.05)  # local BatchNorm: close, not equal
+
+
+IN_MID_EPOCH = [*TRIGGERED, "run.checkpoint_every=2 steps", "run.keep_checkpoints=99"]
+
+
+def kill_in_mid_epoch(settings: Sequence[str], run: Path, position: Position) -> None:
+    """As if the power had gone just after this checkpoint: what came later is not there."""
+    kill_after(settings, run, position)
+    for folder in (run / "checkpoints").iterdir():
+        if folder.name > str(position):
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("position", [Position(1, 2), Position(3, 6)], ids=str)
+def test_a_run_killed_in_mid_epoch_goes_on_as_if_nothing_had_been(
+    tiny_shards: Path, finished: Path, tmp_path: Path, position: Position
+) -> None:
+    """In the epoch of the trigger and after it: the same bits, lines and curves, the epoch's sums included;
+    and checkpoints in mid-epoch change nothing.
+    """
+    run = tmp_path / "killed"
+    settings = tiny_settings(tiny_shards, run, *IN_MID_EPOCH)
+    kill_in_mid_epoch(settings, run, position)
+    assert_trained("demo", settings)
+    assert status_of(run) == status_of(finished)
+    assert same_bits(teacher_of(run), teacher_of(finished))
+    assert without_speed(lines_of(run)) == without_speed(lines_of(finished))
+    assert timeless(curves_of(run)) == timeless(curves_of(finished))
+    ends = {str(Position(epoch)) for epoch in range(1, EPOCHS + 1)}
+    between = {str(Position(epoch, step)) for epoch in range(EPOCHS) for step in (2, 4, 6)}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == ends | between
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_run_killed_in_mid_epoch_goes_on_with_another_number_of_ranks(
+    tiny_shards: Path, finished: Path, tmp_path: Path, ranks: int
+) -> None:
+    """Every row is still read once in the epoch (the store's audit says so), and the epoch's means are of all steps."""
+    run = tmp_path / "killed"
+    settings = tiny_settings(tiny_shards, run, *IN_MID_EPOCH)
+    kill_in_mid_epoch(settings, run, Position(2, 4))
+    assert_trained("demo", settings, ranks=ranks)
+    assert status_of(run) == status_of(finished)
+    whole, resumed = lines_of(finished), lines_of(run)
+    assert without_speed(resumed[:2]) == without_speed(whole[:2])
+    for name in ("loss/bce", "loss/gc", "pseudo/count", "pseudo/recall"):
+        assert resumed[2][name] == pytest.approx(whole[2][name], rel=0.1)  # local BatchNorm: close, not equal
+
+
+def test_without_batchnorm_a_run_killed_in_mid_epoch_is_the_same_on_other_ranks(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    """But for rounding, with other micro-batches as well."""
+    smooth = [
+        "model.kwargs.act_layer=silu",
+        "model.kwargs.replace_stem_pool=true",
+        "model.kwargs.norm_layer=groupnorm1",
+    ]
+    once = ["optim.epochs=2", "detector.rule=fixed", "detector.min_epochs=1", *smooth]
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    assert_trained("demo", tiny_settings(tiny_shards, whole, *once))
+    settings = tiny_settings(tiny_shards, run, *once, "run.checkpoint_every=2 steps", "run.keep_checkpoints=99")
+    kill_in_mid_epoch(settings, run, Position(1, 4))
+    assert_trained("demo", [*settings, "optim.accumulation=2"], ranks=1)
+    for found, expected in zip(without_speed(lines_of(run)), without_speed(lines_of(whole))):
+        assert found.pop("phase") == expected.pop("phase")
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for name, tensor in teacher_of(run).items():
+        torch.testing.assert_close(tensor, teacher_of(whole)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_assume_negative_keeps_no_rows_and_goes_on_in_mid_epoch_too(tiny_shards: Path, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    settings = ["method.name=an", "optim.epochs=2", "run.checkpoint_every=3 steps", "run.keep_checkpoints=99"]
+    assert_trained("demo", tiny_settings(tiny_shards, whole, *settings))
+    assert {path.name for path in (whole / "checkpoints").iterdir()} == {
+        str(Position(*place)) for place in [(0, 3), (0, 6), (1, 0), (1, 1), (1, 4), (1, 7), (2, 0)]
+    }  # every third step of the run, and each epoch's end
+    assert not list((whole / "checkpoints").glob("*/rows-*"))
+    kill_in_mid_epoch(tiny_settings(tiny_shards, run, *settings), run, Position(1, 1))
+    assert_trained("demo", tiny_settings(tiny_shards, run, *settings))
+    assert same_bits(teacher_of(run), teacher_of(whole))
+    assert without_speed(lines_of(run)) == without_speed(lines_of(whole))
+
+
+@pytest.fixture(scope="module")
+def halfway(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed in mid-epoch, after its trigger."""
+    run = tmp_path_factory.mktemp("halfway") / "run"
+    kill_in_mid_epoch(tiny_settings(tiny_shards, run, *IN_MID_EPOCH), run, Position(2, 4))
+    return run
+
+
+@pytest.fixture
+def half(halfway: Path, tmp_path: Path) -> Path:
+    shutil.copytree(halfway, tmp_path / "half")
+    return tmp_path / "half"
+
+
+def command_lines(commands: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
+    return [command_line(arguments) for arguments in commands]
+
+
+def test_a_changed_byte_in_any_file_of_a_checkpoint_is_told_with_the_remedy_which_works(
+    halfway: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    folder = Path("checkpoints") / str(Position(2, 4))
+    files = sorted(file.name for file in (halfway / folder).iterdir())
+    assert len(files) == 7
+    for name in files:
+        shutil.copytree(halfway, tmp_path / name)
+        content = bytearray((tmp_path / name / folder / name).read_bytes())
+        content[0 if name.endswith("json") else len(content) // 2] ^= 2
+        (tmp_path / name / folder / name).write_bytes(content)
+    commands = [["demo", *tiny_settings(tiny_shards, tmp_path / name, *IN_MID_EPOCH)] for name in files]
+    told = Ranks(1, command_lines, commands, timeout=60.0).join()[0]
+    for name, (code, line) in zip(files, told):
+        damaged = tmp_path / name / folder
+        assert (code, line) == (
+            1,
+            f"adagc train: {damaged / name} is missing or damaged (its digest differs): delete {damaged}, and the run "
+            "goes on from the checkpoint before\n",
+        )
+    damaged = tmp_path / files[-1] / folder
+    shutil.rmtree(damaged)
+    assert_trained("demo", [*commands[-1][1:], "optim.epochs=3"])
+
+
+def test_what_the_order_of_an_epoch_depends_on_changes_at_its_end_only(half: Path, tiny_shards: Path) -> None:
+    settings = tiny_settings(tiny_shards, half, *IN_MID_EPOCH, "optim.epochs=3", "data.window_shards=1")
+    folder = half / "checkpoints" / str(Position(2, 4))
+    assert refused(settings) == (
+        f"adagc train: {folder} lies within an epoch that began with data.window_shards=0, and here it is 1: add "
+        "data.window_shards=0 to go on (at an epoch's end it may change)\n"
+    )
+    for later in (folder, folder.with_name(str(Position(2, 2)))):
+        shutil.rmtree(later)
+    assert_trained("demo", settings)
+
+
+def test_a_run_that_may_not_go_on_says_how_it_could(half: Path, tiny_shards: Path) -> None:
+    before = sorted(path.name for path in half.iterdir()), (half / "status.json").read_bytes()
+    told = refused(tiny_settings(tiny_shards, half, *IN_MID_EPOCH, "run.resume=never"))
+    assert told == (
+        f"adagc train: run.dir={half} holds an unfinished run, and run.resume=never: name another folder with "
+        "run.dir=..., or continue it with run.resume=auto\n"
+    )
+    assert (sorted(path.name for path in half.iterdir()), (half / "status.json").read_bytes()) == before
+
+
+def test_checkpoints_of_an_older_version_are_refused_and_left_alone(half: Path, tiny_shards: Path) -> None:
+    """They had other names; the run must not begin anew over them."""
+    for folder in (half / "checkpoints").iterdir():
+        if folder.name != str(Position(2)):
+            shutil.rmtree(folder)
+    old = (half / "checkpoints" / str(Position(2))).rename(half / "checkpoints" / "epoch-0001")
+    (old / "COMPLETE.json").write_text(json.dumps({"schema": 1, "files": {}}))
+    lines = lines_of(half)
+    told = refused(tiny_settings(tiny_shards, half, *IN_MID_EPOCH))
+    assert told == (
+        f"adagc train: {old} has checkpoint schema 1, this version reads 2: go on with the version that wrote it, or "
+        "start anew in another folder\n"
+    )
+    assert lines_of(half) == lines
+
+
+# A disk that fills up
+
+
+def fill_the_disk(settings: Sequence[str], position: str) -> tuple[int, str]:
+    """The command, on a rank whose part of this one checkpoint finds no room."""
+    save_file = checkpoint.save_file
+
+    def limited(tensors: dict[str, Tensor], file: Path) -> None:
+        if position in str(file) and "rows-00001" in file.name:
+            raise OSError(28, "No space left on device", str(file))
+        save_file(tensors, file)
+
+    checkpoint.save_file = limited
+    return command_line(["demo", *settings])
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_which_goes_on_once_there_is_room(
+    tiny_shards: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = tiny_settings(tiny_shards, run, *TRIGGERED, "run.checkpoint_every=epoch", "run.keep_checkpoints=1")
+    ended = Ranks(2, fill_the_disk, settings, str(Position(2)), timeout=60.0).join()
+    file = run / "checkpoints" / str(Position(2)) / "rows-00001-of-00002.safetensors"
+    reason = f"[Errno 28] No space left on device: '{file}'"
+    assert [code for code, _ in ended] == [1, 1]
+    assert "adagc train" not in ended[0][1]  # told once
+    assert ended[1][1] == f"adagc train: rank 1: {reason}\n"
+    assert (status_of(run)["state"], status_of(run)["reason"]) == ("failed", f"OSError: {reason}")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [str(Position(1))]
+    assert_trained("demo", settings)
+    assert same_bits(teacher_of(run), teacher_of(finished))
+    assert without_speed(lines_of(run)) == without_speed(lines_of(finished))
+
+
+def test_a_run_may_go_on_without_a_checkpoint_that_cannot_be_written(
+    tiny_shards: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = tiny_settings(
+        tiny_shards, run, *TRIGGERED, "run.checkpoint_every=epoch", "run.keep_checkpoints=99",
+        "run.on_save_error=continue",
+    )  # fmt: skip
+    ended = Ranks(2, fill_the_disk, settings, str(Position(3)), timeout=60.0).join()
+    assert [code for code, _ in ended] == [0, 0], ended
+    names = [str(Position(epoch)) for epoch in (1, 2, 4, 5)]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names
+    log = (run / "log.txt").read_text()
+    assert log.count("no checkpoint was written: ") == 1
+    assert "No space left on device" in log
+    assert same_bits(teacher_of(run), teacher_of(finished))
+
+
+def test_a_file_system_that_is_really_full_is_told_in_a_sentence(tiny_shards: Path, tmp_path: Path) -> None:
+    """The run's own folder lies on another; the first checkpoint fits, the second does not."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    settings = ["optim.epochs=4", "run.keep_checkpoints=9", "run.checkpoint_every=epoch", "detector.rule=never"]
+    assert_trained("demo", tiny_settings(tiny_shards, whole, *settings), ranks=1)
+    size = sum(file.stat().st_size for file in after_epoch(whole, 0).iterdir())
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(dump_config(load_config("demo", tiny_settings(tiny_shards, run, *settings))))
+    script = f'mount -t tmpfs -o size={size * 3 // 2} tmpfs "{run}/checkpoints" && "$@"; code=$?; ' + (
+        f'ls -d "{run}"/checkpoints/*; exit $code'
+    )
+    if not may_mount(tmp_path):
+        pytest.skip("this process may not mount a file system; test_adagc_dist_checkpoint has it with another limit")
+    ended = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "-m", "launch.cli", "train", "demo",
+         *tiny_settings(tiny_shards, run, *settings)],
+        cwd=Path(command.__file__).parents[1], capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert ended.returncode == 1, ended
+    (told,) = [line for line in ended.stderr.splitlines() if line.startswith("adagc train")]
+    assert re.fullmatch(rf"adagc train: .*{Position(2)}/.*No space left on device.*", told)
+    assert "Traceback" not in ended.stderr
+    assert status_of(run)["state"] == "failed"
+    assert ended.stdout.endswith(f"\n{after_epoch(run, 0)}\n")  # it alone is left
 
 
 def test_an_incomplete_checkpoint_is_passed_over(tiny_shards: Path, finished: Path, tmp_path: Path) -> None:
@@ -315,7 +585,7 @@ def test_other_classes_than_the_checkpoints_are_refused(
 
 
 def test_a_damaged_checkpoint_is_told(copy: Path) -> None:
-    file = copy / "checkpoints" / f"epoch-{EPOCHS - 1:04d}" / "student.safetensors"
+    file = after_epoch(copy, EPOCHS - 1) / "student.safetensors"
     content = bytearray(file.read_bytes())
     content[-7] ^= 8
     file.write_bytes(content)
@@ -352,7 +622,7 @@ def test_what_else_a_run_can_be(tiny_shards: Path, tmp_path: Path, overrides: li
     assert (lines[1]["loss/gc"] < 0) == calibrates
     assert lines[1]["loss/bce"] < lines[0]["loss/bce"]
     assert ("map/true_student" in lines[0]) == ("run.eval_student=true" in overrides)
-    rows = list((tmp_path / "run" / "checkpoints" / "epoch-0001").glob("rows-*"))
+    rows = list(after_epoch(tmp_path / "run", 1).glob("rows-*"))
     assert len(rows) == (2 if calibrates else 0)
 
 
@@ -415,6 +685,8 @@ def test_what_cannot_work_is_told_before_ranks_are_started(
 class Scripted:
     """A detector that fires after the third epoch and calls the first one the best."""
 
+    best_epoch = 0
+
     def observe(self, noisy_map: float, replicates: Sequence[float]) -> Verdict:
         self.epochs = getattr(self, "epochs", 0) + 1
         return Verdict(fired=self.epochs == 3, reason="scripted", best_epoch=0)
@@ -436,7 +708,7 @@ def train_with_a_rewind(comm: Comm, settings: Sequence[str]) -> dict[str, Any]:
 
 
 def table_of(run: Path, epoch: int) -> dict[int, list[float]]:
-    parts = [load_file(file) for file in (run / "checkpoints" / f"epoch-{epoch:04d}").glob("rows-*")]
+    parts = [load_file(file) for file in after_epoch(run, epoch).glob("rows-*")]
     return {row: value for part in parts for row, value in zip(part["rows"].tolist(), part["values"].tolist())}
 
 
@@ -444,18 +716,33 @@ def test_a_rewind_takes_all_that_was_learnt_back_and_time_goes_on(tiny_shards: P
     run = tmp_path / "run"
     settings = tiny_settings(tiny_shards, run, "optim.epochs=4", "run.keep_checkpoints=2")
     moments = run_ranks(2, train_with_a_rewind, settings)
-    expected = {"epoch": 4, "step": 32, "trigger_epoch": 2, "best_epoch": 0, "decay_from": 24, "calibrating": True}
-    assert moments == [expected] * 2
+    expected = Moment(epoch=4, step=32, trigger_epoch=2, best_epoch=0, decay_from=24, calibrating=True)
+    assert moments == [vars(expected)] * 2
     assert "rewound" in (run / "log.txt").read_text()
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["epoch-0002", "epoch-0003"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "epoch-0003-step-00000",
+        "epoch-0004-step-00000",
+    ]
     assert [line["phase"] for line in lines_of(run)] == ["warmup"] * 3 + ["calibration"]
+
+
+def test_the_checkpoint_a_rewind_needs_is_kept_among_any_number_of_others(tiny_shards: Path, tmp_path: Path) -> None:
+    """Two epochs of checkpoints in mid-epoch lie between, and one is kept."""
+    run = tmp_path / "run"
+    settings = tiny_settings(
+        tiny_shards, run, "optim.epochs=4", "run.keep_checkpoints=1", "run.checkpoint_every=1 step"
+    )
+    moments = run_ranks(2, train_with_a_rewind, settings)
+    assert [moment["best_epoch"] for moment in moments] == [0, 0]
+    assert "rewound" in (run / "log.txt").read_text()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [str(Position(4))]
 
 
 def test_a_rewound_checkpoint_is_that_of_the_best_epoch(tiny_shards: Path, tmp_path: Path) -> None:
     """What is saved after the trigger is what the first epoch had learnt, at the place of the third."""
     run = tmp_path / "run"
     run_ranks(2, train_with_a_rewind, tiny_settings(tiny_shards, run, "optim.epochs=3", "run.keep_checkpoints=9"))
-    first, second, third = (run / "checkpoints" / f"epoch-{epoch:04d}" for epoch in range(3))
+    first, second, third = (after_epoch(run, epoch) for epoch in range(3))
     for name in ("student", "teacher", "optimizer"):
         assert same_bits(load_file(third / f"{name}.safetensors"), load_file(first / f"{name}.safetensors"))
         assert not same_bits(load_file(second / f"{name}.safetensors"), load_file(first / f"{name}.safetensors"))

@@ -39,7 +39,7 @@ def table_bytes(num_rows: int, num_classes: int, world_size: int) -> int:
 
 def plan_bytes(num_rows: int, world_size: int, exchange: str) -> int:
     """A rank's int32 row numbers on the host, during a sync: the order and the place of all rows, the rank's rows now
-    and next; and who owns each row, which all_gather knows as a bool, all_to_all as an int32.
+    and next; and who owns each row, which all_gather knows as a bool, all_to_all as an int16.
     """
     own = -(-num_rows // world_size)
     return 4 * (num_rows + num_rows + own + own) + (num_rows if exchange == "all_gather" else 2 * num_rows)

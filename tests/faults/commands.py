@@ -21,7 +21,7 @@ from launch.cli import main
 from launch.data import Shards, make_plan
 from sharding.plan import EpochPlan
 from tests.ranks import Ranks
-from tests.test_training import lines_of, status_of, without_speed
+from tests.test_training import after_epoch, lines_of, status_of, without_speed
 from tests.tiny import tiny_config, tiny_settings
 
 TWO_EPOCHS = ["optim.epochs=2", "detector.rule=fixed", "detector.min_epochs=1"]  # one of warm-up, one calibrated
@@ -91,8 +91,8 @@ def complete_checkpoints(run: Path) -> list[str]:
 
 
 def rows_of(run: Path, epoch: int) -> dict[int, tuple[list[float], int]]:
-    """Row -> its prediction average and its mark, as a checkpoint has them."""
-    parts = [load_file(file) for file in (run / "checkpoints" / f"epoch-{epoch:04d}").glob("rows-*")]
+    """Row -> its prediction average and its mark, as the checkpoint after ``epoch`` (from 0) has them."""
+    parts = [load_file(file) for file in after_epoch(run, epoch).glob("rows-*")]
     return {
         row: (value, mark)
         for part in parts

@@ -128,7 +128,7 @@ class _Given:
     def __init__(self, *scores: Scores) -> None:
         self._scores = iter(scores)
 
-    def score(self, model: object) -> Scores:
+    def score(self, model: object, *, after_block: object) -> Scores:
         return next(self._scores)
 
 

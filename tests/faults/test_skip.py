@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from adagc_dist.trainer import Trainer
 from tests.damages import BAD, copy_with, flip_a_pixel, flip_rows, remove
 from tests.faults.commands import (
     SKIP,
@@ -19,11 +20,13 @@ from tests.faults.commands import (
     assert_trained,
     command,
     complete_checkpoints,
+    in_a_rank,
     on_two_ranks,
     plan_of,
     result_of,
     rows_of,
 )
+from tests.ranks import Ranks
 from tests.test_training import lines_of, status_of
 
 LOST_BY = {
@@ -83,6 +86,40 @@ def test_a_row_that_fails_later_keeps_the_average_it_had(tiny_shards: Path, tmp_
     before, after = rows_of(run, 0), rows_of(run, 1)
     assert {row for row in range(90) if before[row] == after[row]} == {BAD, 7}
     assert {mark for _, mark in after.values()} == {WRITTEN}
+
+
+def crash_in(step: int) -> None:
+    """A hook: the process fails in this step of the run, once the checkpoints before it are written."""
+    take = Trainer._train_step
+
+    def watched(self: Trainer, *args: Any) -> None:
+        if self.moment.step == step:
+            self.checkpoints.wait()
+            raise RuntimeError("crashed on purpose")
+        take(self, *args)
+
+    Trainer._train_step = watched  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 3)], ids=str)
+def test_a_skipping_run_that_goes_on_in_mid_epoch_counts_each_bad_row_once(
+    tiny_shards: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    """Those before the checkpoint and those after it, on any number of ranks; and the audit of the epoch agrees."""
+    folder, run = tmp_path / "copy", tmp_path / "run"
+    shutil.copytree(tiny_shards, folder)
+    plan = plan_of(tiny_shards, 1)
+    bad = sorted(int(row) for step in (0, 2, 3, 5, 7) for row in plan.step_rows(step)[1:3])
+    flip_rows(folder, bad)
+    arguments = command(folder, run, *SKIP, "run.checkpoint_every=2 steps")
+    crashed = Ranks(before, in_a_rank, [arguments], partial(crash_in, 8 + 5), timeout=60.0).join()
+    assert all("crashed on purpose" in str(told.code) for (told,) in crashed), crashed
+    assert complete_checkpoints(run)[-1] == "epoch-0001-step-00004"
+    assert_trained(*(told for (told,) in Ranks(after, in_a_rank, [arguments], timeout=60.0).join()))
+    assert [line["data/skipped_rows"] for line in lines_of(run)] == [len(bad)] * 2
+    rows = rows_of(run, 1)
+    assert [row for row in range(90) if rows[row][1] == 0] == bad
+    assert {mark for _, mark in rows.values()} == {0, WRITTEN}
 
 
 # Too many

@@ -159,7 +159,7 @@ def test_a_shard_overwritten_between_epochs_stops_the_run_which_goes_on_once_it_
     shutil.copytree(tiny_shards, folder)
     hook = partial(after_the_first_epoch, partial(flip_rows, folder, [BAD]))
     (told,) = alone(command(folder, run), hook=hook)
-    assert_failed_in(run, told, checkpoints=["epoch-0000"])
+    assert_failed_in(run, told, checkpoints=["epoch-0001-step-00000"])
     assert re.search(
         r"tiny_\d+ in \S+/train-000001\.tar at offset \d+: b10\.npy is not what was written", told.sentence
     )
