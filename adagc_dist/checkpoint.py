@@ -158,7 +158,7 @@ class CheckpointStore:
 
     def __init__(self, root: Path, *, comm: Comm, keep: int, on_error: Literal["stop", "continue"] = "stop") -> None:
         self._root, self._comm, self._keep, self._on_error = root, comm, keep, on_error
-        self._channel: Comm | None = None  # opened with the first save: ranks may not have met before
+        self._channel: Comm | None = None
         self._under_way: _Save | None = None
 
     def open(self) -> None:
@@ -175,7 +175,8 @@ class CheckpointStore:
         self.wait()
         self.open()
         assert self._channel is not None
-        self._under_way = _Save(self._root, position, _on_host(content), comm=self._channel, keep=self._keep)
+        copied = _on_host(content, shared=self._comm.rank == 0)
+        self._under_way = _Save(self._root, position, copied, comm=self._channel, keep=self._keep)
         self._under_way.start()
 
     def wait(self, *, strict: bool = False) -> None:
@@ -197,7 +198,7 @@ class CheckpointStore:
             raise ended.error
         log.warning("no checkpoint was written: %s. The run goes on (run.on_save_error=continue)", ended.error)
 
-    def abandon(self, seconds: float = 30.0) -> None:
+    def linger(self, seconds: float = 30.0) -> None:
         """For a run that has failed: let what is being written come to its end, if it does so soon."""
         if self._under_way is not None:
             self._under_way.join(seconds)
@@ -285,10 +286,10 @@ class _Save(threading.Thread):
         return {file.name: _entry(file) for file in written}
 
 
-def _on_host(content: Content) -> Content:
-    """A copy that training does not change."""
+def _on_host(content: Content, *, shared: bool) -> Content:
+    """A copy that training does not change; without what other ranks write."""
     return Content(
-        shared={name: _copies(tensors) for name, tensors in content.shared.items()},
+        shared={name: _copies(tensors) for name, tensors in content.shared.items()} if shared else {},
         rows=None if content.rows is None else _copies(content.rows),
         state=json.loads(json.dumps(content.state)),
         needs=content.needs,

@@ -134,9 +134,10 @@ class Trainer:
         """What is left of an epoch: its steps, validation and what follows from it, and the checkpoint at its end."""
         self.tracker.status("running", epoch=epoch, step=self.moment.step)
         report = self._train_epoch(self.plan(epoch))
-        validation = self.validator.measure(self.teacher.model, after_block=self.agreement.check)
+        validation, maps = self._validate()
+        # from here to the checkpoint nobody may stop: the detector has seen the epoch, and the run is not in the next
         verdict = self.detector.observe(validation.noisy_map, validation.replicates)
-        self._report(epoch, report, validation, verdict)
+        self._report(epoch, report, maps, verdict)
         self.moment.epoch, self.moment.epoch_step = epoch + 1, 0
         if not (verdict.fired and self._trigger(epoch, verdict.best_epoch)):
             self._home_rows()
@@ -303,12 +304,19 @@ class Trainer:
         self._saved = self.moment.position
         self.agreement.requests.saved()
 
-    def _report(self, epoch: int, report: dict[str, float], validation: Validation, verdict: Verdict) -> None:
-        phase = self._phase.value
-        values = report | {"map/noisy_teacher": validation.noisy_map, "map/true_teacher": validation.true_map}
+    def _validate(self) -> tuple[Validation, dict[str, float]]:
+        """Collective: the teacher's validation, on which all depends; and the mAPs for the curves, the student's beside
+        where that is asked for.
+        """
+        teacher = self.validator.measure(self.teacher.model, after_block=self.agreement.check)
+        maps = {"map/noisy_teacher": teacher.noisy_map, "map/true_teacher": teacher.true_map}
         if self.config.run.eval_student:
-            student = self.validator.measure(self.engine.student)
-            values |= {"map/noisy_student": student.noisy_map, "map/true_student": student.true_map}
+            student = self.validator.measure(self.engine.student, after_block=self.agreement.check)
+            maps |= {"map/noisy_student": student.noisy_map, "map/true_student": student.true_map}
+        return teacher, maps
+
+    def _report(self, epoch: int, report: dict[str, float], maps: dict[str, float], verdict: Verdict) -> None:
+        phase, values = self._phase.value, report | maps
         curves = {f"epoch/{name}" if name in report else name: value for name, value in values.items()}
         if verdict.fired:
             curves["trigger_epoch"] = float(epoch)

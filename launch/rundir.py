@@ -129,7 +129,7 @@ class RunFolder:
         except Exception as error:
             self._failed(trainer, error)
             if not is_lost_peer(error):
-                trainer.checkpoints.abandon()
+                trainer.checkpoints.linger()
             raise
         self._finished(trainer)
 
