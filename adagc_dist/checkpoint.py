@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -104,8 +105,11 @@ class Checkpoint:
         start, stop = (part * sum(sizes) // world_size for part in (rank, rank + 1))
         return {key: _concatenated([reader.get_slice(key) for reader in readers], start, stop) for key in _ROWS}
 
-    def verify(self) -> None:
-        """Compare every file with COMPLETE.json.
+    def verify(self, *, rank: int = 0, world_size: int = 1, only: str = "") -> None:
+        """Compare this rank's share of the files with COMPLETE.json; together the ranks compare each once.
+
+        Args:
+            only: the files whose names begin so.
 
         Raises:
             ValueError: a file is missing, has another size or digest, or the checkpoint is of another schema.
@@ -116,11 +120,12 @@ class Checkpoint:
                 f"{self.path} has checkpoint schema {marker['schema']}, this version reads {SCHEMA}: go on with the "
                 "version that wrote it, or start anew in another folder"
             )
-        for name, expected in marker["files"].items():
+        names = [name for name in sorted(marker["files"]) if name.startswith(only)]
+        for name in names[rank::world_size]:
             file = self.path / name
-            if not file.is_file() or _entry(file) != expected:
+            if not file.is_file() or _entry(file) != marker["files"][name]:
                 raise self._damaged(file)
-        if marker["torch"] != torch.__version__:
+        if rank == 0 and marker["torch"] != torch.__version__:
             log.warning(
                 "%s was written by torch %s, this is %s: the last digits may differ from an uninterrupted run's",
                 self.path, marker["torch"], torch.__version__,
@@ -213,6 +218,10 @@ class CheckpointStore:
         complete = _complete(self._root)
         return complete[-1] if complete else None
 
+    def has(self, position: Position) -> bool:
+        """Whether the checkpoint of ``position`` is there and complete."""
+        return any(checkpoint.position == position for checkpoint in _complete(self._root))
+
     def at(self, position: Position) -> Checkpoint:
         """The complete checkpoint of ``position``.
 
@@ -242,8 +251,11 @@ class _Save(threading.Thread):
             self._write()
         except Exception as error:
             self.error = error
+            traceback.clear_frames(error.__traceback__)  # they hold parts of the copy
             if self._comm.rank == 0 and not (self._folder / _MARKER).exists():  # else only the pruning failed
                 shutil.rmtree(self._folder, ignore_errors=True)  # a full disk needs the room
+        finally:
+            del self._content  # a copy of all that is learnt, and nobody needs it any more
 
     def _write(self) -> None:
         with first_error_everywhere(self._comm):
@@ -263,7 +275,7 @@ class _Save(threading.Thread):
                 }
                 write_json(self._folder / _MARKER, marker)
                 _sync_folder(self._folder)
-                _prune(self._root, self._keep)
+                _prune_or_tell(self._root, self._keep)
 
     def _write_files(self) -> dict[str, dict[str, Any]]:
         """This rank's files, with size and digest of each."""
@@ -326,6 +338,14 @@ def _complete(root: Path) -> list[Checkpoint]:
         if name:
             found.append(Checkpoint(marker.parent, Position(int(name[1]), int(name[2] or 0))))
     return sorted(found, key=lambda checkpoint: checkpoint.position)
+
+
+def _prune_or_tell(root: Path, keep: int) -> None:
+    """The checkpoint is complete; what cannot be deleted now (somebody reads it, over NFS) can be later."""
+    try:
+        _prune(root, keep)
+    except OSError as error:
+        log.warning("an old checkpoint could not be deleted yet: %s", error)
 
 
 def _prune(root: Path, keep: int) -> None:

@@ -223,7 +223,8 @@ class RunConfig:
     max_minutes: float | None = None
     """Save and stop when the run has lasted so long, e.g. shortly before a job's time limit; null is no limit."""
     stop_seconds: float = 120.0
-    """After a stop is asked for: end by force if the step or the save hangs for so long."""
+    """After a stop is asked for: end by force if the ranks do not agree within so long, or the save then lasts longer.
+    """
     sanity_every: int = 500
     """Steps between checks that student and teacher are finite and equal on all ranks; 0 is off."""
 

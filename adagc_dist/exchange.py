@@ -92,10 +92,10 @@ class Exchange(Protocol):
 class AllGather:
     """Every rank receives all rows and picks its own: N (4 width + 6) (R-1)/R bytes per rank in all."""
 
-    def __init__(self, comm: Comm, owners: RowOwners, num_rows: int, row_bytes: int) -> None:
+    def __init__(self, comm: Comm, next_rows: NDArray[np.int32], num_rows: int, row_bytes: int) -> None:
         self._comm = comm
         self._mine_N = np.zeros(num_rows, dtype=np.bool_)
-        self._mine_N[owners.rank_rows(comm.rank)] = True
+        self._mine_N[next_rows] = True
         self.most = max(1, _ROUND_BYTES // (comm.world_size * row_bytes))
 
     def trade(self, sent: Rows, length: int) -> Rows:
@@ -111,7 +111,7 @@ class AllGather:
 class AllToAll:
     """A row goes to its next owner only: N (4 width + 6) (R-1)/R^2 bytes per rank in all."""
 
-    def __init__(self, comm: Comm, owners: RowOwners, num_rows: int, row_bytes: int) -> None:
+    def __init__(self, comm: Comm, owners: RowOwners, row_bytes: int) -> None:
         self._comm, self._owner_N = comm, owners.owners()
         self.most = max(1, _ROUND_BYTES // row_bytes)  # of permuted rows a rank receives as many as it sends
 
@@ -123,10 +123,20 @@ class AllToAll:
         return sent.unpack(self._comm.all_to_all(packed, counts.tolist()))
 
 
-def make_exchange(name: str, comm: Comm, owners: RowOwners, num_rows: int, value_bytes: int) -> Exchange:
-    """The exchange called ``name`` (all_gather or all_to_all) for rows of ``value_bytes`` bytes of values."""
-    kinds: dict[str, type[AllGather] | type[AllToAll]] = {"all_gather": AllGather, "all_to_all": AllToAll}
-    return kinds[name](comm, owners, num_rows, _NUMBER_BYTES + value_bytes + _MARK_BYTES)
+def make_exchange(
+    name: str, comm: Comm, owners: RowOwners, next_rows: NDArray[np.int32], num_rows: int, value_bytes: int
+) -> Exchange:
+    """The exchange called ``name``: all_gather or all_to_all.
+
+    Args:
+        next_rows: ``owners.rank_rows`` of this rank, which has them at hand.
+        num_rows: N of the split.
+        value_bytes: of a row's values.
+    """
+    row_bytes = _NUMBER_BYTES + value_bytes + _MARK_BYTES
+    if name == "all_to_all":
+        return AllToAll(comm, owners, row_bytes)
+    return AllGather(comm, next_rows, num_rows, row_bytes)
 
 
 def _numbers(packed: Tensor) -> NDArray[np.int32]:

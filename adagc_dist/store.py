@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adagc_dist.comm import Comm
 from adagc_dist.exchange import Exchange, RowOwners, Rows, make_exchange
+from sharding.rng import derive_rng
 
 __all__ = ["PredictionStore", "RowStore", "is_written"]
 
@@ -115,7 +116,7 @@ class RowStore:
         self._reserve(len(next_rows))
         if self._comm.world_size > 1:
             value_bytes = self.width * self._table.element_size()
-            self._trade(make_exchange(self._exchange, self._comm, owners, self.num_rows, value_bytes))
+            self._trade(make_exchange(self._exchange, self._comm, owners, next_rows, self.num_rows, value_bytes))
         self._arrange(next_rows)
 
     def _trade(self, exchange: Exchange) -> None:
@@ -166,16 +167,24 @@ class RowStore:
         return {"rows": torch.from_numpy(self.rows), "values": self.values, "marks": self._marks[: self._size]}
 
     def load_state(self, state: Mapping[str, Tensor], *, places: int = 0) -> None:
-        """Own the rows of ``state``, whatever was owned before; together the ranks' states name every row once.
+        """Own the rows of ``state``, in any order, whatever was owned before; together the ranks' states name every row
+        once.
 
         Args:
             places: rows that this rank will own after the next ``sync``: room for them is made now, while the table is
                 empty.
         """
-        self._reserve(places)
-        self._own(state["rows"].cpu().numpy())
-        self.values.copy_(state["values"])
-        self._marks[: self._size].copy_(state["marks"])
+        rows = state["rows"].cpu().numpy()
+        self._reserve(max(places, len(rows)))
+        if state["values"].untyped_storage().data_ptr() == self._table.untyped_storage().data_ptr():
+            state = {name: part.clone() for name, part in state.items()}  # its own views: read while they are written
+        # in no order: ranks that trade rows as other ranks have read them get more than they give, for a while
+        order = derive_rng(0, "rows", self._comm.rank).permutation(len(rows)).astype(np.int32)
+        self._own(rows[order])
+        for part in self._passes(len(rows)):
+            chosen = torch.from_numpy(order[part].astype(np.int64)).to(state["values"].device)
+            self._table[part] = state["values"].index_select(0, chosen).to(self._device)
+            self._marks[part] = state["marks"].index_select(0, chosen).to(self._device)
 
     def check_visited_once(self, skipped: int = 0) -> None:
         """Every row of the split was written exactly once in this epoch, less ``skipped`` rows over all ranks.

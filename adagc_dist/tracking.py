@@ -3,14 +3,18 @@ alone.
 """
 
 import json
+import logging
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["NullTracker", "RunTracker", "Tracker", "read_status", "write_json", "write_text"]
+__all__ = ["ForgivingTracker", "NullTracker", "RunTracker", "Tracker", "read_status", "write_json", "write_text"]
+
+log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -73,8 +77,14 @@ class RunTracker:
             self._writer.add_scalar(name, value, step)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        with self._lines.open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
+        whole = self._lines.stat().st_size if self._lines.is_file() else 0
+        try:
+            with self._lines.open("a") as stream:
+                stream.write(json.dumps(record) + "\n")
+        except OSError:
+            if self._lines.is_file():
+                os.truncate(self._lines, whole)  # the next line must not follow half a line
+            raise
         self._writer.flush()
 
     def status(self, state: str, **details: Any) -> None:
@@ -85,6 +95,41 @@ class RunTracker:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class ForgivingTracker:
+    """Tells what could not be written (a full disk), and goes on."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        with _told():
+            self._tracker.scalars(values, step)
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        with _told():
+            self._tracker.epoch(record)
+
+    def status(self, state: str, **details: Any) -> None:
+        with _told():
+            self._tracker.status(state, **details)
+
+    def flush(self) -> None:
+        with _told():
+            self._tracker.flush()
+
+    def close(self) -> None:
+        with _told():
+            self._tracker.close()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        log.warning("what was to be reported is lost: %s", error)
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
@@ -103,8 +148,10 @@ def write_text(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk's has none
+            error.filename = str(path)
         raise
 
 

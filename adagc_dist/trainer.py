@@ -63,7 +63,7 @@ class Moment:
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Everything a run needs, put together by ``launch.train``; ``run`` drives it."""
+    """Everything a run needs, put together by ``launch.build``; ``run`` drives it."""
 
     config: Config
     comm: Comm
@@ -159,7 +159,8 @@ class Trainer:
             log.warning("epoch %d: %d of %d rows could not be read", plan.epoch + 1, skipped, plan.num_rows)
         if self.method.store is not None:
             self.method.store.check_visited_once(skipped)
-        return self._epoch_meter.read() | {"data/skipped_rows": float(skipped)}
+        read = float(plan.num_rows - skipped)  # each once: the store, if there is one, has just said so
+        return self._epoch_meter.read() | {"data/rows": read, "data/skipped_rows": float(skipped)}
 
     def _after_step(self, plan: EpochPlan) -> None:
         """What does not happen in every step: points for the curves, a look at the ranks' sanity, a checkpoint."""
@@ -239,8 +240,16 @@ class Trainer:
         self.moment.calibrating = self.method.calibrates
         if not self.method.calibrates or not self.config.detector.rewind or best_epoch == epoch:
             return False
-        self.moment.best_epoch = best_epoch
         self.checkpoints.wait()  # it may be the one that is being written
+        if not self.comm.broadcast_object(self.checkpoints.has(_end_of(best_epoch))):
+            log.warning(
+                "there is no checkpoint of epoch %d, the best, to rewind to: it could not be written, or was deleted. "
+                "Calibration goes on from epoch %d",
+                best_epoch + 1,
+                epoch + 1,
+            )
+            return False
+        self.moment.best_epoch = best_epoch
         with first_error_everywhere(self.comm):
             best = self.checkpoints.at(_end_of(best_epoch))
         self._verify(best)
@@ -257,9 +266,8 @@ class Trainer:
 
     def _verify(self, checkpoint: Checkpoint) -> None:
         """Collective: nothing of ``checkpoint`` is damaged."""
-        with first_error_everywhere(self.comm):
-            if self.comm.rank == 0:  # one reader of all files is enough: they lie on a shared file system
-                checkpoint.verify()
+        with first_error_everywhere(self.comm):  # one reader of a file is enough: they lie on a shared file system
+            checkpoint.verify(rank=self.comm.rank, world_size=self.comm.world_size)
 
     def _load_learned(self, checkpoint: Checkpoint) -> None:
         """Collective: student, teacher, optimiser and store values of ``checkpoint``; rows go home to the plan of the
@@ -348,7 +356,8 @@ def _end_of(epoch: int) -> Position:
 def _summary(epoch: int, epochs: int, phase: str, values: Mapping[str, float]) -> str:
     """One line for the log."""
     return (
-        f"epoch {epoch + 1}/{epochs} {phase}: bce {values['loss/bce']:.4f} gc {values['loss/gc']:.4f} | "
+        f"epoch {epoch + 1}/{epochs} {phase}: {values['data/rows']:.0f} rows once | "
+        f"bce {values['loss/bce']:.4f} gc {values['loss/gc']:.4f} | "
         f"teacher mAP noisy {values['map/noisy_teacher']:.4f} true {values['map/true_teacher']:.4f} | "
         f"{values['speed/samples_per_second']:.0f} samples/s, waiting for data {values['speed/data_wait_share']:.1%}"
     )
@@ -385,5 +394,5 @@ def check_same_order(saved: Mapping[str, Any], present: Mapping[str, Any], path:
         if present.get(key) != value:
             raise ValueError(
                 f"{path} lies within an epoch that began with {key}={value}, and here it is {present.get(key)}: "
-                f"add {key}={value} to go on (at an epoch's end it may change)"
+                f"add {key}={value} to go on"
             )

@@ -5,8 +5,9 @@ instant.
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 _COMMANDS = {
     "synth": ("sharding.convert", "synth", "write a synthetic reBEN tree, for machines without data"),
@@ -41,10 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def run() -> NoReturn:
+    """The command `adagc`."""
+    code = main()
+    if "torch" in sys.modules:
+        from launch.failure import leave
+
+        leave(code)
+    sys.exit(code)
+
+
 def _usage() -> str:
     commands = "\n".join(f"  {name:<10}{summary}" for name, (_, _, summary) in _COMMANDS.items())
     return f"usage: adagc COMMAND ...    (adagc COMMAND --help teaches)\n\n{commands}\n\n{_EXAMPLE}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -13,7 +13,7 @@ __all__ = ["TorchComm"]
 
 T = TypeVar("T")
 
-_CHANNEL_TIMEOUT = timedelta(hours=1)  # what waits there waits for disks, not for a lost peer
+_CHANNEL_TIMEOUT = timedelta(hours=1)  # for slow disks; a peer that dies is noticed at once, by its sockets
 
 
 class TorchComm:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from adagc_dist.tracking import read_status
+from adagc_dist.tracking import read_status, write_text
 from launch.stop import ECHO_SECONDS, STOP_FILE, say
 
 __all__ = ["EXIT_STOPPED", "supervise"]
@@ -59,7 +59,7 @@ def _stop_file_on_signal(run: Path) -> Iterator[None]:
             return
         if asked_at is None and _state(run) == "running":  # else there is nothing to be saved
             with suppress(OSError):  # a disk that takes no file
-                (run / STOP_FILE).touch()
+                write_text(run / STOP_FILE, signal.Signals(number).name)
                 asked_at = now
                 say(f"{signal.Signals(number).name}: saving and stopping. Once more ends it at once")
                 return

@@ -94,13 +94,15 @@ def newest_averages(run: Path, num_rows: int) -> Averages:
         ValueError: the method keeps no averages, or its rows are not those of the split.
     """
     for attempt in range(_ATTEMPTS):
-        checkpoint = CheckpointStore(run / "checkpoints", comm=SoloComm(), keep=1).latest()
+        store = CheckpointStore(run / "checkpoints", comm=SoloComm(), keep=1)
+        checkpoint = store.latest()
         if checkpoint is None:
             raise FileNotFoundError(f"{run} has no complete checkpoint yet: the first comes with its first epoch's end")
         try:
+            checkpoint.verify(only="rows-")
             return _averages(checkpoint, num_rows)
-        except FileNotFoundError:
-            if attempt == _ATTEMPTS - 1:
+        except (FileNotFoundError, ValueError):
+            if attempt == _ATTEMPTS - 1 or store.has(checkpoint.position):
                 raise
     raise AssertionError("the last attempt returns or raises")
 

@@ -13,18 +13,21 @@ checkpoints/  tensorboard/
 import fcntl
 import json
 import logging
+import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from adagc_dist.agreement import Stopped, StopReason
-from adagc_dist.checkpoint import Checkpoint, CheckpointStore
+from adagc_dist.checkpoint import Checkpoint, CheckpointStore, Position
 from adagc_dist.comm import Comm, PeerError, first_error_everywhere
 from adagc_dist.config import Config
-from adagc_dist.tracking import NullTracker, RunTracker, Tracker, read_status, write_json, write_text
+from adagc_dist.tracking import ForgivingTracker, NullTracker, RunTracker, Tracker, read_status, write_json, write_text
 from adagc_dist.trainer import Trainer
 from launch.failure import is_lost_peer
 from launch.recipe import dump_config, flatten, load_config
@@ -61,6 +64,7 @@ class RunFolder:
         self._config, self._comm, self._path = config, comm, config.run_path
         self._lock: IO[str] | None = None
         self._started = time.monotonic()
+        self._continued: Position | None = None
         self.stop_file = self._path / STOP_FILE
         self.checkpoints = CheckpointStore(
             self._path / "checkpoints",
@@ -87,6 +91,7 @@ class RunFolder:
         """
         found = self.checkpoints.latest() if self._comm.rank == 0 else None
         position = self._comm.broadcast_object(None if found is None else found.position)
+        self._continued = position
         if position is None:
             return None
         with first_error_everywhere(self._comm):
@@ -102,6 +107,9 @@ class RunFolder:
             if self._comm.rank == 0:
                 self._path.mkdir(parents=True, exist_ok=True)
                 self._lock = _locked(self._path / ".lock", f"run.dir={self._config.run.dir}")
+                self._check_unchanged()
+                for left in self._path.glob(".*.partial"):  # by a process that was killed
+                    left.unlink()
                 write_text(self._path / "config.yaml", dump_config(self._config))
         self._start_log()
         with first_error_everywhere(self._comm):  # no rank looks for STOP before
@@ -113,7 +121,8 @@ class RunFolder:
         if self._comm.rank != 0:
             return NullTracker()
         moment: dict[str, Any] = resumed.state()["moment"] if resumed else {"step": 0, "epoch": 0}
-        return RunTracker(self._path, first_step=moment["step"], first_epoch=moment["epoch"])
+        tracker = RunTracker(self._path, first_step=moment["step"], first_epoch=moment["epoch"])
+        return ForgivingTracker(tracker) if self._config.run.on_save_error == "continue" else tracker
 
     def train(self, trainer: Trainer) -> None:
         """Collective: run ``trainer`` to its end, and leave behind which end it was.
@@ -140,7 +149,10 @@ class RunFolder:
             metadata = {name: json.dumps(value) for name, value in trainer.data.items()}
             tensors = {name: tensor.cpu().contiguous() for name, tensor in trainer.teacher.model.state_dict().items()}
             partial = self._path / (TEACHER + ".partial")
-            save_file(tensors, partial, metadata=metadata)
+            try:
+                save_file(tensors, partial, metadata=metadata)
+            except SafetensorError as error:  # a full disk, for example
+                raise OSError(f"{partial} cannot be written: {error}") from error
             partial.replace(self._path / TEACHER)
             moment = trainer.moment
             trainer.tracker.status(
@@ -165,7 +177,8 @@ class RunFolder:
                 return
             reason = f"rank 0 lost another rank, whose output has the cause ({reason.splitlines()[0]})"
         status = {"state": "failed", "step": trainer.moment.step, "rank": self._comm.rank, "reason": reason}
-        write_json(self._path / "status.json", status)
+        with suppress(OSError):  # a full disk may be what failed
+            write_json(self._path / "status.json", status)
 
     def _told_by_another(self, seconds: float = 5.0) -> bool:
         """Whether a rank that knows the cause writes it: it may still be busy dying."""
@@ -175,6 +188,14 @@ class RunFolder:
                 return True
             time.sleep(0.1)
         return False
+
+    def _check_unchanged(self) -> None:
+        """Whoever held the lock until now may have saved since we looked."""
+        newest = self.checkpoints.latest()
+        if newest is not None and newest.position != self._continued:
+            raise ValueError(
+                f"run.dir={self._config.run.dir} was in use until a moment ago, and has a newer checkpoint: start again"
+            )
 
     def _forget_old_stop(self) -> None:
         """A request that is older than this start by more than a minute was for an earlier one; both times by the file
@@ -228,20 +249,28 @@ class RunFolder:
     def _start_log(self) -> None:
         handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
         if self._comm.rank == 0:
-            handlers.append(logging.FileHandler(self._path / "log.txt"))
+            handlers.append(_LogFile(self._path / "log.txt"))
         level = logging.INFO if self._comm.rank == 0 else logging.WARNING
         logging.basicConfig(
             level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
         )
 
 
+class _LogFile(logging.FileHandler):
+    """What finds no room in it stands on the terminal, which is not to show a traceback for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def mark_failed(run: Path) -> None:
     """A run whose ranks are gone is not running, whoever of them failed."""
     status = read_status(run)
     if status.get("state") == "running":
-        write_json(
-            run / "status.json", status | {"state": "failed", "reason": "a rank failed; see the terminal's output"}
-        )
+        failed = status | {"state": "failed", "reason": "a rank failed; see the terminal's output"}
+        with suppress(OSError):  # a full disk may be what failed
+            write_json(run / "status.json", failed)
 
 
 def _is_beginning(path: Path) -> bool:
@@ -259,4 +288,5 @@ def _locked(path: Path, name: str) -> IO[str]:
         raise ValueError(
             f"{name} is in use by another process that trains there: wait for it, or name another"
         ) from error
+    os.register_at_fork(after_in_child=stream.close)  # a reading process that outlives us holds no lock
     return stream

@@ -78,11 +78,9 @@ class StopWatcher:
         return self._save_seconds is not None and time.monotonic() - self._saved_at >= self._save_seconds
 
     def stopping(self, reason: StopReason) -> None:
+        self._stop_at = time.monotonic()  # before the reason, which the thread looks at; and again once all agree
         if self._stop is not None:
             return
-        self._stop_at = time.monotonic()  # before the reason, which the thread looks at
-        if reason is StopReason.FILE:
-            self._told_at = self._stop_at
         self._stop = reason
 
     def saved(self) -> None:
@@ -146,11 +144,20 @@ class StopWatcher:
 
     def _look_around(self) -> None:
         if self._file is not None and os.path.exists(self._file):  # unlike Path.exists, false where the disk fails
-            self.stopping(StopReason.FILE)
+            self._told_at = time.monotonic() - _LOOK_SECONDS  # it may have been there for so long
+            self.stopping(_written_in(self._file))
         elif self._ends_at is not None and time.monotonic() > self._ends_at:
             self.stopping(StopReason.BUDGET)
         elif self._launcher is not None and os.getppid() != self._launcher:
             self.stopping(StopReason.ORPHANED)
+
+
+def _written_in(file: Path) -> StopReason:
+    """The signal that the launcher has made a file of; anything else in it, and nothing, is a person's wish."""
+    try:
+        return StopReason[file.read_text().strip()]
+    except (OSError, KeyError, ValueError):
+        return StopReason.FILE
 
 
 def say(text: str) -> None:

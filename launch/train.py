@@ -152,4 +152,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from launch.failure import leave
+
+    leave(main())

@@ -1,6 +1,7 @@
 """Where this process stands among all others: read from the environment once, as a pure function of a mapping."""
 
 import os
+import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ def world_context(world: World, device: torch.device) -> Iterator[Comm]:
     """The process group of ``world`` (gloo on CPU, NCCL on GPU) for the time of the context, and threads that share the
     cores.
     """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each group of gloo is a socket to every other rank
     threads = max(1, usable_cores() // world.local_world_size)
     if device.type == "cpu":
         torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 """The process over the ranks: what it makes of signals, what it tells the shell, what it leaves behind: no process."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,10 +73,11 @@ def has_not_begun_to_continue(run: Path) -> int:
 def cannot_be_told(run: Path) -> int:
     """The launcher ends the ranks: they hear the signal, and stop."""
     status(run, "running")
-    (run / STOP_FILE).symlink_to(run / "nowhere" / "STOP")
+    (run / STOP_FILE / "in the way").mkdir(parents=True)
     try:
         return has_not_begun(run)
     finally:
+        shutil.rmtree(run / STOP_FILE)
         status(run, "stopped")
 
 
@@ -219,7 +221,7 @@ def test_a_signal_to_the_launcher_stops_the_run_which_goes_on(run: Run, start: C
     assert code == EXIT_STOPPED, output
     assert command.left() == []
     reason, _, step = run.stopped()
-    assert reason == "the file STOP in the run's folder"
+    assert reason == "SIGUSR1"
     assert step < 12
     assert output.count("SIGUSR1: saving and stopping. Once more ends it at once") == 1
     run.finish()
@@ -235,7 +237,7 @@ def test_a_run_that_hangs_ends_with_its_launcher(run: Run, start: Callable[[str]
     assert status_of(run.path)["state"] == "failed"
     assert not (run.path / STOP_FILE).exists()
     output = command.output.read_text()
-    assert "the stop (the file STOP in the run's folder) did not come to an end within 1.5 s: ending now" in output
+    assert "the stop (SIGTERM) did not come to an end within 1.5 s: ending now" in output
     assert "in hang" in output
 
 

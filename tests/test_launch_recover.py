@@ -81,8 +81,9 @@ def test_thresholds_are_fitted_per_class_on_observed_labels(run: Path, tmp_path:
     assert len(set(lowest.values())) > 5  # no threshold for all
 
 
+@pytest.mark.parametrize("left", ["nothing", "a folder without its marker"])
 def test_a_checkpoint_that_the_run_deletes_meanwhile_is_replaced_by_a_newer_one(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
 ) -> None:
     read = Checkpoint.rows
 
@@ -90,6 +91,8 @@ def test_a_checkpoint_that_the_run_deletes_meanwhile_is_replaced_by_a_newer_one(
         if checkpoint.position == Position(2):
             save(run, 3)
             shutil.rmtree(checkpoint.path)
+            if left != "nothing":  # it is still being deleted
+                checkpoint.path.mkdir()
         return read(checkpoint, rank, world_size)
 
     monkeypatch.setattr(Checkpoint, "rows", deleted_once)
@@ -108,6 +111,19 @@ def told_of(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> st
     assert command.main([str(run), "--out", str(tmp_path / "x.parquet")]) == 1
     assert not (tmp_path / "x.parquet").exists()
     return capsys.readouterr().err
+
+
+def test_a_changed_byte_of_the_averages_is_told_and_nothing_is_written(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file,) = (run / "checkpoints" / str(Position(2))).glob("rows-*")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    told = told_of(run, tmp_path, capsys)
+    assert told.startswith(f"adagc recover: {file} is missing or damaged (its digest differs)")
+    assert told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_what_is_no_run_or_has_nothing_yet_is_told(

@@ -1,6 +1,10 @@
 """Who may train in a folder."""
 
 import fcntl
+import os
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +17,8 @@ from adagc_dist.tracking import read_status, write_json
 from launch.recipe import dump_config, load_config
 from launch.rundir import RunFolder, mark_failed
 from tests.ranks import run_threads
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 def folder(run: Path, *overrides: str) -> RunFolder:
@@ -118,6 +124,79 @@ def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="in use by another process that trains there"):
             folder(tmp_path / "run").claim()
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from tests.test_launch_rundir import folder
+run = folder(Path(sys.argv[1]))
+run.claim()
+child = os.fork()
+if child:
+    print("the child is", child, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def no_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest has a log of its own."""
+    monkeypatch.setattr(RunFolder, "_start_log", lambda self: None)
+
+
+@pytest.mark.usefixtures("no_log")
+def test_a_forked_child_that_outlives_its_run_does_not_keep_the_folder(tmp_path: Path) -> None:
+    """As a process that reads patches may, when its rank is killed."""
+    run = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", HOLDER, str(run)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout is not None
+        child = int(holder.stdout.readline().split()[-1])
+        try:
+            with pytest.raises(ValueError, match="in use by another process that trains there"):
+                folder(run).claim()
+            holder.kill()
+            holder.wait()
+            os.kill(child, 0)  # it lives
+            folder(run).claim()
+        finally:
+            holder.kill()
+            os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("no_log")
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_run_that_was_saved_since_we_looked_is_not_continued_from_before(tmp_path: Path, begun: bool) -> None:
+    """Its process held the lock, saved, and ended."""
+    run = tmp_path / "run"
+    if begun:
+        begin(run)
+    mine = folder(run, "run.keep_checkpoints=7")
+    found = mine.latest()
+    assert (None if found is None else found.position) == (Position(2) if begun else None)
+    other = folder(run).checkpoints
+    other.save(Position(2, 5), Content({"student": {"a": torch.ones(2)}}, None, {}))
+    other.wait()
+    before = (run / "config.yaml").read_text() if begun else None
+    with pytest.raises(ValueError, match="was in use until a moment ago, and has a newer checkpoint: start again"):
+        mine.claim()
+    assert ((run / "config.yaml").read_text() if begun else None) == before
+
+
+@pytest.mark.usefixtures("no_log")
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    begin(run)
+    for name in (".status.json.0a1b2c3d.partial", ".config.yaml.99999999.partial", "mine.partial", ".mine"):
+        (run / name).write_text("{")
+    mine = folder(run)
+    mine.latest()
+    mine.claim()
+    names = {".lock", ".mine", "checkpoints", "config.yaml", "mine.partial", "status.json"}
+    assert {path.name for path in run.iterdir()} == names
 
 
 @pytest.mark.parametrize(("before", "after"), [("running", "failed"), ("finished", "finished"), ("failed", "failed")])

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from adagc_dist import checkpoint
 from adagc_dist.checkpoint import Position
 from adagc_dist.comm import Comm
 from adagc_dist.detector import Verdict
-from adagc_dist.trainer import Moment
+from adagc_dist.trainer import Moment, Trainer
 from launch import train as command
 from launch.build import build_trainer
 from launch.recipe import dump_config, load_config
@@ -442,6 +442,11 @@ def test_checkpoints_of_an_older_version_are_refused_and_left_alone(half: Path, 
 
 def fill_the_disk(settings: Sequence[str], position: str) -> tuple[int, str]:
     """The command, on a rank whose part of this one checkpoint finds no room."""
+    leave_no_room(position)
+    return command_line(["demo", *settings])
+
+
+def leave_no_room(position: str) -> None:
     save_file = checkpoint.save_file
 
     def limited(tensors: dict[str, Tensor], file: Path) -> None:
@@ -450,7 +455,6 @@ def fill_the_disk(settings: Sequence[str], position: str) -> tuple[int, str]:
         save_file(tensors, file)
 
     checkpoint.save_file = limited
-    return command_line(["demo", *settings])
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_which_goes_on_once_there_is_room(
@@ -513,6 +517,78 @@ def test_a_file_system_that_is_really_full_is_told_in_a_sentence(tiny_shards: Pa
     assert "Traceback" not in ended.stderr
     assert status_of(run)["state"] == "failed"
     assert ended.stdout.endswith(f"\n{after_epoch(run, 0)}\n")  # it alone is left
+
+
+def train_on_a_full_disk(settings: Sequence[str], run: str) -> tuple[int, str]:
+    """The command, on a rank whose run's whole file system is full from the second epoch to the fourth."""
+    ballast, run_epoch = Path(run) / "ballast", Trainer._run_epoch
+
+    def run_epoch_on_a_full_disk(trainer: Trainer, epoch: int) -> None:
+        if trainer.comm.rank == 0 and epoch == 1:
+            trainer.checkpoints.linger()
+            with ballast.open("wb", buffering=0) as stream, suppress(OSError):
+                while True:
+                    stream.write(bytes(4096))
+        if trainer.comm.rank == 0 and epoch == 4:
+            trainer.checkpoints.linger()
+            ballast.unlink()
+        trainer.comm.barrier()
+        run_epoch(trainer, epoch)
+
+    Trainer._run_epoch = run_epoch_on_a_full_disk  # type: ignore[method-assign]
+    return command_line(["demo", *settings])
+
+
+ON_A_SMALL_DISK = """
+import json, sys
+from pathlib import Path
+from tests.ranks import Ranks
+from tests.test_training import train_on_a_full_disk
+
+run, kept, *settings = sys.argv[1:]
+ended = Ranks(2, train_on_a_full_disk, settings, run, timeout=80.0).join()
+files = {name: (Path(run) / name).read_text() for name in ("status.json", "log.txt", "metrics.jsonl")}
+names = sorted(path.parent.name for path in Path(run).glob("checkpoints/*/COMPLETE.json"))
+Path(kept).write_text(json.dumps([ended, files, names]))
+"""
+
+
+@pytest.mark.parametrize("on_error", ["continue", "stop"])
+def test_a_full_disk_under_the_whole_run_ends_it_in_a_sentence_or_not_at_all(
+    tiny_shards: Path, tmp_path: Path, on_error: str
+) -> None:
+    """Not only checkpoints find no room: status, metrics, curves and log do not, either."""
+    if not may_mount(tmp_path):
+        pytest.skip("this process may not mount a file system; test_adagc_dist_checkpoint has it with another limit")
+    run, kept = tmp_path / "run", tmp_path / "kept.json"
+    run.mkdir()
+    settings = tiny_settings(
+        tiny_shards, run, "optim.epochs=6", "run.keep_checkpoints=9", "run.checkpoint_every=epoch",
+        "detector.rule=never", f"run.on_save_error={on_error}", "run.log_every=1",
+    )  # fmt: skip
+    script = f'mount -t tmpfs -o size=64m tmpfs "{run}" && exec "$@"'
+    python = [sys.executable, "-c", ON_A_SMALL_DISK, str(run), str(kept), *settings]
+    result = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", *python],
+        cwd=Path(command.__file__).parents[1], capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    ended, files, names = json.loads(kept.read_text())
+    told = "".join(line for _, lines in ended for line in lines.splitlines(True) if "patch" not in line)  # progress
+    if on_error == "stop":
+        assert [code for code, _ in ended] == [1, 1]
+        assert re.fullmatch(rf"adagc train: .*No space left on device: '{run}/status\.json'\n", told), told
+        assert names == [str(Position(1))]
+        return
+    assert [code for code, _ in ended] == [0, 0]
+    assert "adagc train" not in told
+    assert "Logging error" not in told
+    assert names == [str(Position(epoch)) for epoch in (1, 5, 6)]
+    assert json.loads(files["status.json"])["state"] == "finished"
+    assert files["log.txt"].count("no checkpoint was written: ") == 3
+    assert "what was to be reported is lost: " in files["log.txt"]
+    epochs = [json.loads(line)["epoch"] for line in files["metrics.jsonl"].splitlines()]
+    assert [epoch for epoch in epochs if epoch not in (1, 2, 3)] == [0, 4, 5]
 
 
 def test_an_incomplete_checkpoint_is_passed_over(tiny_shards: Path, finished: Path, tmp_path: Path) -> None:
@@ -750,3 +826,39 @@ def test_a_rewound_checkpoint_is_that_of_the_best_epoch(tiny_shards: Path, tmp_p
     assert table_of(run, 1) != table_of(run, 0)
     orders = [load_file(sorted(folder.glob("rows-*"))[0])["rows"].tolist() for folder in (first, third)]
     assert orders[0] != orders[1]  # the rows went home to the next epoch's plan, not to the one they were saved for
+
+
+def train_without_the_best(comm: Comm, settings: Sequence[str], run: Path, why: str) -> dict[str, Any]:
+    """Of what a rewind needs, there is nothing once it is wanted."""
+    observe = Scripted.observe
+
+    def observe_and_delete(self: Scripted, noisy_map: float, replicates: Sequence[float]) -> Verdict:
+        verdict = observe(self, noisy_map, replicates)
+        if verdict.fired and comm.rank == 0:
+            shutil.rmtree(after_epoch(run, 0))
+        return verdict
+
+    if why == "it could not be written":
+        leave_no_room(str(Position(1)))
+    else:
+        Scripted.observe = observe_and_delete  # type: ignore[method-assign]
+    return train_with_a_rewind(comm, settings)
+
+
+@pytest.mark.parametrize("why", ["it could not be written", "it was deleted"])
+def test_without_the_checkpoint_of_the_best_epoch_a_run_calibrates_from_where_it_is(
+    tiny_shards: Path, tmp_path: Path, why: str
+) -> None:
+    run = tmp_path / "run"
+    settings = tiny_settings(
+        tiny_shards, run, "optim.epochs=4", "run.keep_checkpoints=9", "run.checkpoint_every=epoch",
+        "run.on_save_error=continue",
+    )  # fmt: skip
+    moments = run_ranks(2, train_without_the_best, settings, run, why)
+    expected = Moment(epoch=4, step=32, trigger_epoch=2, best_epoch=None, decay_from=24, calibrating=True)
+    assert moments == [vars(expected)] * 2
+    log = (run / "log.txt").read_text()
+    assert log.count("there is no checkpoint of epoch 1, the best, to rewind to") == 1
+    assert "Calibration goes on from epoch 3" in log
+    assert "rewound" not in log
+    assert [line["phase"] for line in lines_of(run)] == ["warmup"] * 3 + ["calibration"]
