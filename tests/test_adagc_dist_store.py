@@ -362,6 +362,68 @@ def test_rounds_are_equal_and_no_larger_than_allowed(
     assert run_threads(2, rounds) == lengths
 
 
+ELASTIC = ((2, 3), (3, 2), (4, 3), (3, 4))  # ranks that saved, ranks that load
+ELASTIC_RUN = Run(20_000, 3, 0.9, 512, ())
+
+
+class WatchedStore(RowStore):
+    """A store that notes how many places its table got, each time it grew."""
+
+    growths: list[int]
+
+    def _reserve(self, size: int) -> None:
+        before = len(self._table)
+        super()._reserve(size)
+        if len(self._table) != before:
+            self.growths.append(len(self._table))
+
+
+def load_on_other_ranks(comm: Comm, saved_by: int, exchange: str) -> tuple[int, int, list[int]]:
+    """Rows of this rank's share and of its home, and the growths of its table on the way from one to the other."""
+    run = ELASTIC_RUN
+    saved, plan = run.plan(0, saved_by), run.plan(0, comm.world_size)
+    states: list[State] = []
+    for rows in (torch.from_numpy(saved.rank_rows(rank)) for rank in range(saved_by)):
+        values = rows[:, None].repeat(1, run.num_classes).float()
+        states.append({"rows": rows, "values": values, "marks": rows.to(torch.int16)})
+    share, home = even_share(states, comm.rank, comm.world_size), plan.rank_rows(comm.rank)
+    store = WatchedStore(run.num_rows, run.num_classes, comm=comm, device=CPU, exchange=exchange)
+    store.growths = []
+    store.load_state(share, places=len(home))
+    store.sync(plan)
+    np.testing.assert_array_equal(store.rows, home)
+    np.testing.assert_array_equal(store.values[:, -1].numpy(), home)
+    return len(share["rows"]), len(home), store.growths
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize(("saved_by", "world_size"), ELASTIC)
+def test_rows_that_other_ranks_saved_hardly_wait_for_a_place(
+    saved_by: int, world_size: int, exchange: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dealt in the order in which they were saved, up to a sixth of a table would."""
+    waiting: list[int] = []
+    followed_by = exchange_module.Rows.followed_by
+
+    def noting(rows: exchange_module.Rows, other: exchange_module.Rows) -> exchange_module.Rows:
+        waiting.append(len(rows))  # from the rounds before
+        return followed_by(rows, other)
+
+    monkeypatch.setattr(exchange_module.Rows, "followed_by", noting)
+    on_threads(world_size, (800, 8 << 20), load_on_other_ranks, saved_by, exchange)
+    assert len(waiting) > 100 * world_size
+    assert max(waiting) < 0.03 * ELASTIC_RUN.num_rows / world_size
+
+
+@pytest.mark.parametrize(("saved_by", "world_size"), ELASTIC)
+def test_a_table_that_is_loaded_is_allocated_once(saved_by: int, world_size: int) -> None:
+    """Also where a rank's share is larger than its home; and the sync after it finds room for all."""
+    found = on_threads(world_size, (8 << 20, 8 << 20), load_on_other_ranks, saved_by, "all_gather")
+    assert [growths for *_, growths in found] == [[max(share, home)] for share, home, _ in found]
+    if world_size == 3:
+        assert any(share > home for share, home, _ in found)
+
+
 def resident_mb(field: str) -> float:
     """Of this process: VmRSS now, VmHWM at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -625,16 +687,35 @@ def test_a_table_that_was_never_filled_has_no_row_to_give(exchange: str) -> None
     run_threads(2, work)
 
 
-def test_loading_its_own_state_changes_nothing() -> None:
-    """Not even as the views that ``state`` gives."""
+@pytest.mark.parametrize("pass_bytes", [1, 8 << 20])
+def test_loading_its_own_state_changes_nothing(pass_bytes: int) -> None:
+    """Not even as the views that ``state`` gives. Only the order is another one, until a sync."""
     store = small_store(SoloComm(), [2, 0, 1, 3, 5, 4])
-    blend_rows(store, 2, 3)
+    blend_each(store, 2, 3, 4)
     before = copied(store.state())
-    store.load_state(store.state())
+    with bytes_at_once(8 << 20, pass_bytes):
+        store.load_state(store.state())
+    check_in_another_order(store.state(), before)
+    store.sync(mine(SoloComm(), 2, 0, 1, 3, 5, 4))
     assert {name: as_bytes(part) for name, part in store.state().items()} == {
         name: as_bytes(part) for name, part in before.items()
     }
     assert store.locate(index(1, 3)) == slice(2, 4)
+
+
+def blend_each(store: PredictionStore, *rows: int) -> None:
+    """Each row another value."""
+    for row in rows:
+        store.blend(index(row), torch.tensor([[row + 0.25, row + 0.5]]))
+
+
+def check_in_another_order(state: State, expected: State) -> None:
+    """The same rows, each with its value and its marks."""
+    assert state["rows"].tolist() != expected["rows"].tolist()
+    order, expected_order = (part["rows"].argsort() for part in (state, expected))
+    assert {name: as_bytes(part[order]) for name, part in state.items()} == {
+        name: as_bytes(part[expected_order]) for name, part in expected.items()
+    }
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -653,15 +734,16 @@ def test_a_rank_may_own_nothing(exchange: str) -> None:
 
 def test_state_and_load_state_are_copies_of_everything() -> None:
     store = small_store(SoloComm(), [2, 0, 1, 3, 5, 4])
-    blend_rows(store, 2, 3)
-    saved = {name: tensor.clone() for name, tensor in store.state().items()}
+    blend_each(store, 2, 3)
+    saved = copied(store.state())
     other = small_store(SoloComm())
     other.load_state(saved)
-    blend_rows(store, 2, 2, 4)
-    assert other.rows.tolist() == [2, 0, 1, 3, 5, 4]
-    assert {name: tensor.tolist() for name, tensor in other.state().items()} == {
-        n: t.tolist() for n, t in saved.items()
-    }
+    blend_each(store, 2, 2, 4)
+    check_in_another_order(other.state(), saved)
+    for row in range(6):
+        place = other.locate(index(row))
+        assert isinstance(place, slice)
+        assert other.rows[place].tolist() == [row]
     blend_rows(other, 0)
     assert saved["values"][1].tolist() == [0.0, 0.0]  # loading took a copy
 

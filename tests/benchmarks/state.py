@@ -19,12 +19,13 @@ from typing import Any
 from tests.benchmarks import state_projection as formula
 from tests.benchmarks.machine import machine_line, make_parser, write_json
 from tests.benchmarks.state_projection import EXCHANGES
-from tests.benchmarks.state_ranks import blend_seconds, memory, sync
+from tests.benchmarks.state_ranks import blend_seconds, elastic_memory, memory, sync
 from tests.benchmarks.state_saves import save, stop_seconds
 from tests.ranks import run_ranks
 
 REBEN_TRAIN = 237_871
 WORLDS = (1, 2, 4)
+ELASTIC = ((2, 3), (3, 2), (4, 3))  # ranks that saved, ranks that load
 BATCHES = (64, 512)
 BLEND_CALLS = 2000
 PROJECTED_ROWS = (REBEN_TRAIN, 10_000_000, 1_000_000_000)
@@ -51,6 +52,7 @@ def main() -> None:
     print(machine_line())
     figures = {
         "memory": _memory(max(asked.rows), asked.classes),
+        "elastic": _elastic(max(asked.rows), asked.classes),
         "sync": _sync(asked.rows, asked.classes, asked.repeats, assumed),
         "blend": _blend(min(asked.rows), asked.classes, assumed),
         "projection": _projection(asked.classes, assumed),
@@ -139,6 +141,25 @@ def _memory(num_rows: int, num_classes: int) -> Figures:
     print(
         "The peak in sync has no part of the plan but who owns each row: N bytes for all_gather, 2 N for all_to_all.\n"
         "Order, own rows and place_of_N are int32 on the host; (peak) is that of drawing own rows from the order."
+    )
+    return lines
+
+
+def _elastic(num_rows: int, num_classes: int) -> Figures:
+    """What a table takes that another number of ranks saved, from its load until all rows are home."""
+    lines = []
+    for saved_by, world_size in ELASTIC:
+        ranks = run_ranks(world_size, elastic_memory, num_rows, num_classes, saved_by, timeout=TIMEOUT)
+        expected = formula.table_bytes(num_rows, num_classes, world_size) / 1e6
+        found = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
+        lines.append({"saved_by": saved_by, "ranks": world_size, "formula": expected} | found)
+    _print_table(
+        "memory of a load by another number of ranks and the sync after it, MB, all_gather, the largest rank",
+        "saved by|ranks|formula|peak|after sync",
+        [
+            (line["saved_by"], line["ranks"], *(f"{line[key]:,.1f}" for key in ("formula", "peak", "after_sync")))
+            for line in lines
+        ],
     )
     return lines
 

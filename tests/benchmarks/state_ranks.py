@@ -17,7 +17,7 @@ from adagc_dist.store import PredictionStore
 from sharding.plan import EpochPlan, plan_epoch
 from tests.tiny import Owners
 
-__all__ = ["blend_seconds", "memory", "sync"]
+__all__ = ["blend_seconds", "elastic_memory", "memory", "sync"]
 
 _GLOBAL_BATCH = 512
 _MMAP_THRESHOLD = -3  # of mallopt
@@ -52,7 +52,7 @@ def memory(comm: Comm, num_rows: int, num_classes: int, exchange: str, eager: bo
             with glibc's defaults takes, pages kept for later included.
     """
     if eager:
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+        _free_eagerly()
     found: dict[str, float] = {}
     plan = _plan(num_rows, 0, comm.world_size)
     with _growth(found, "order"):
@@ -69,6 +69,28 @@ def memory(comm: Comm, num_rows: int, num_classes: int, exchange: str, eager: bo
     owners = Owners(tuple(plan.rank_rows(rank) for rank in range(comm.world_size)))
     with _growth(found, "after_sync", "peak_in_sync"):
         store.sync(owners)
+    return found
+
+
+def elastic_memory(comm: Comm, num_rows: int, num_classes: int, saved_by: int) -> dict[str, float]:
+    """MB by which this process grows while it loads its share of what ``saved_by`` ranks saved, and the rows go home.
+    The share, read from a checkpoint before, and the rows of the plan are not counted.
+    """
+    _free_eagerly()
+    plan = _plan(num_rows, 0, saved_by)
+    saved = np.concatenate([plan.rank_rows(rank) for rank in range(saved_by)])
+    start, stop = (part * num_rows // comm.world_size for part in (comm.rank, comm.rank + 1))
+    rows = torch.from_numpy(saved[start:stop].copy())
+    marks = torch.ones(len(rows), dtype=torch.int16)
+    share = {"rows": rows, "values": torch.rand(len(rows), num_classes), "marks": marks}
+    plan = _plan(num_rows, 0, comm.world_size)
+    homes = Owners(tuple(plan.rank_rows(rank) for rank in range(comm.world_size)))
+    store = _store(comm, num_rows, num_classes, "all_gather")
+    del saved, plan
+    found: dict[str, float] = {}
+    with _growth(found, "after_sync", "peak"):
+        store.load_state(share, places=len(homes.rank_rows(comm.rank)))
+        store.sync(homes)
     return found
 
 
@@ -120,6 +142,11 @@ def _plan(num_rows: int, epoch: int, world_size: int) -> EpochPlan:
 
 def _store(comm: Comm, num_rows: int, num_classes: int, exchange: str) -> PredictionStore:
     return PredictionStore(num_rows, num_classes, momentum=0.9, comm=comm, device=_CPU, exchange=exchange)
+
+
+def _free_eagerly() -> None:
+    """What is freed is given back at once."""
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 @contextmanager
