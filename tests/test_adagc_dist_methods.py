@@ -127,7 +127,8 @@ def test_the_calibrated_loss_is_the_formula(mixed: bool, threshold: float) -> No
     assert losses.gc.item() == pytest.approx(gc, rel=1e-5)
     assert losses.total.item() == pytest.approx(bce(p, y_mixed) + gc, rel=1e-5)
     assert gc < -0.01
-    np.testing.assert_allclose(method.store.values[method.store.locate(ROWS)], average, atol=1e-6)  # of the un-mixed images
+    averages = method.store.values[method.store.locate(ROWS)]
+    np.testing.assert_allclose(averages, average, atol=1e-6)  # of the un-mixed images
     hidden = y == 0
     positive, true = (t >= max(threshold, 0.5)) & hidden, given.labels_BC.numpy() & hidden
     assert losses.pseudo_counts.tolist() == [positive.sum(), (positive & true).sum(), true.sum()]
