@@ -259,7 +259,7 @@ def test_an_epoch_ends_in_the_order_in_which_it_began(tiny_shards: Path, tmp_pat
     assert code == 1
     assert told == (
         f"adagc train: {run}/checkpoints/epoch-0000-step-00001 lies within an epoch that began with "
-        "data.window_shards=0, and here it is 1: add data.window_shards=0 to go on (at an epoch's end it may change)\n"
+        "data.window_shards=0, and here it is 1: add data.window_shards=0 to go on\n"
     )
     assert {name: (run / name).read_bytes() for name in before} == before
     assert sorted(part(None, "data.window_shards=0").rows) == [1, 2]

@@ -133,9 +133,9 @@ def test_a_run_explains_itself(finished: Path, tiny_shards: Path) -> None:
     config = load_config(finished / "config.yaml")
     assert config == load_config("demo", tiny_settings(tiny_shards, finished, *TRIGGERED))
     log = (finished / "log.txt").read_text()
-    assert "epoch 2/5 warmup: bce " in log
+    assert "epoch 2/5 warmup: 90 rows once | bce " in log
     assert "fixed: 2 of 2 epochs done" in log
-    assert "epoch 3/5 calibration: bce " in log
+    assert "epoch 3/5 calibration: 90 rows once | bce " in log
 
 
 def test_every_epoch_has_its_line(finished: Path) -> None:
@@ -404,7 +404,7 @@ def test_what_the_order_of_an_epoch_depends_on_changes_at_its_end_only(half: Pat
     folder = half / "checkpoints" / str(Position(2, 4))
     assert refused(settings) == (
         f"adagc train: {folder} lies within an epoch that began with data.window_shards=0, and here it is 1: add "
-        "data.window_shards=0 to go on (at an epoch's end it may change)\n"
+        "data.window_shards=0 to go on\n"
     )
     for later in (folder, folder.with_name(str(Position(2, 2)))):
         shutil.rmtree(later)
