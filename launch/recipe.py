@@ -158,7 +158,7 @@ def _check_keys(tree: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _known() -> list[str]:
-    return [f"{section}.{key}" for section, key, _, _ in _keys()]
+    return [f"{section}.{field.name}" for section, kind in _sections().items() for field in dataclasses.fields(kind)]
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

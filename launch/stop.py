@@ -66,8 +66,10 @@ class StopWatcher:
         self._thread = threading.Thread(target=self._watch, name="stop watcher", daemon=True)
 
     def look_for(self, file: Path) -> None:
-        """From now on a file of this name asks to stop."""
+        """From now on a file of this name asks to stop; one that is there asks at once, before a first step."""
         self._file = file
+        if self._stop is None:
+            self._look_around()
 
     @property
     def stop(self) -> StopReason | None:

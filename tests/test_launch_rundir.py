@@ -103,11 +103,12 @@ def test_a_rank_that_does_not_see_the_checkpoint_stops_all(tmp_path: Path) -> No
     begin(tmp_path / "run")
     (tmp_path / "other").mkdir()
 
+    # read here: ast.parse, with which help texts are read, is not safe in the threads of Python 3.11
+    config, other = (load_config(None, [f"run.dir={tmp_path / name}", "data.shards=none"]) for name in ("run", "other"))
+
     def look(comm: Comm) -> str:
-        run = tmp_path / ("run" if comm.rank == 0 else "other")
-        config = load_config(None, [f"run.dir={run}", "data.shards=none"])
         try:
-            RunFolder(config, comm).latest()
+            RunFolder(config if comm.rank == 0 else other, comm).latest()
         except (ValueError, PeerError) as error:
             return str(error)
         return ""

@@ -419,7 +419,7 @@ def test_a_request_during_the_build_stops_at_the_first_step(run: Run) -> None:
     run.stop(partial(while_it_builds, partial(ask_by_signal, signal.SIGTERM), 1))
     assert run.stopped() == ("SIGTERM", 0, 1)
     run.stop(partial(while_it_builds, ask_by_file, 0))  # a STOP of this start, not of an earlier one
-    assert run.stopped()[:2] == ("the file STOP in the run's folder", 0)
+    assert run.stopped() == ("the file STOP in the run's folder", 0, 2)
 
 
 def test_a_signal_before_anything_is_done_ends_it_and_leaves_nothing(run: Run) -> None:
