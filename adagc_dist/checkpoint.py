@@ -12,13 +12,12 @@ is read. Training waits only while its tensors are copied to host memory; a thre
 
 import json
 import logging
-import os
 import re
 import shutil
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,8 +30,9 @@ from torch import Tensor
 from adagc_dist.comm import Comm, first_error_everywhere
 from adagc_dist.tracking import write_json
 from sharding.manifest import file_digest
+from sharding.partial import sync
 
-__all__ = ["SCHEMA", "Checkpoint", "CheckpointStore", "Content", "Position"]
+__all__ = ["SCHEMA", "Checkpoint", "CheckpointStore", "Content", "Position", "as_disk_error"]
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Checkpoint:
         start, stop = (part * sum(sizes) // world_size for part in (rank, rank + 1))
         return {key: _concatenated([reader.get_slice(key) for reader in readers], start, stop) for key in _ROWS}
 
-    def verify(self, *, rank: int = 0, world_size: int = 1, only: str = "") -> None:
+    def verify(self, *, rank: int = 0, world_size: int = 1, only: str | tuple[str, ...] = "") -> None:
         """Compare this rank's share of the files with COMPLETE.json; together the ranks compare each once.
 
         Args:
@@ -286,16 +286,23 @@ class _Save(threading.Thread):
             tensors |= self._content.shared
         files = {self._folder / f"{name}.safetensors": parts for name, parts in tensors.items()}
         for file, parts in files.items():
-            try:
+            with as_disk_error(file):
                 save_file(dict(parts), file)
-            except SafetensorError as error:  # a full disk, for example
-                raise OSError(f"{file} cannot be written: {error}") from error
-            _sync_file(file)
+            sync(file)
         written = list(files)
         if self._comm.rank == 0:
             write_json(self._folder / "state.json", self._content.state)
             written.append(self._folder / "state.json")
         return {file.name: _entry(file) for file in written}
+
+
+@contextmanager
+def as_disk_error(file: Path) -> Iterator[None]:
+    """What safetensors says of a full disk, for example, as the OSError that it is, naming ``file``."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}") from error
 
 
 def _on_host(content: Content, *, shared: bool) -> Content:
@@ -341,10 +348,12 @@ def _complete(root: Path) -> list[Checkpoint]:
 
 
 def _prune_or_tell(root: Path, keep: int) -> None:
-    """The checkpoint is complete; what cannot be deleted now (somebody reads it, over NFS) can be later."""
+    """The checkpoint is complete; what cannot be deleted now (somebody reads it, over NFS) can be later; and where the
+    marker of one that is kept is damaged, nobody knows what it needs.
+    """
     try:
         _prune(root, keep)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         log.warning("an old checkpoint could not be deleted yet: %s", error)
 
 
@@ -372,17 +381,8 @@ def _entry(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "digest": file_digest(file)}
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
 def _sync_folder(path: Path) -> None:
     """The names in it, and its own, survive a power cut; where a file system knows no such thing, it needs none."""
     for folder in (path, path.parent):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            with suppress(OSError):
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with suppress(OSError):
+            sync(folder)

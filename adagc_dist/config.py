@@ -221,7 +221,7 @@ class RunConfig:
     resume: Literal["auto", "never"] = "auto"
     """auto: the same command again continues from the newest checkpoint; never: refuse a folder that holds one."""
     max_minutes: float | None = None
-    """Save and stop when the run has lasted so long, e.g. shortly before a job's time limit; null is no limit."""
+    """Save and stop so long after this start, e.g. shortly before a job's time limit; null is no limit."""
     stop_seconds: float = 120.0
     """After a stop is asked for: end by force if the ranks do not agree within so long, or the save then lasts longer.
     """

@@ -132,11 +132,16 @@ def make_exchange(
         next_rows: ``owners.rank_rows`` of this rank, which has them at hand.
         num_rows: N of the split.
         value_bytes: of a row's values.
+
+    Raises:
+        ValueError: there is none of that name.
     """
     row_bytes = _NUMBER_BYTES + value_bytes + _MARK_BYTES
     if name == "all_to_all":
         return AllToAll(comm, owners, row_bytes)
-    return AllGather(comm, next_rows, num_rows, row_bytes)
+    if name == "all_gather":
+        return AllGather(comm, next_rows, num_rows, row_bytes)
+    raise ValueError(f"there is no exchange {name!r}: all_gather or all_to_all")
 
 
 def _numbers(packed: Tensor) -> NDArray[np.int32]:

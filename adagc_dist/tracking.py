@@ -12,7 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["ForgivingTracker", "NullTracker", "RunTracker", "Tracker", "read_status", "write_json", "write_text"]
+from sharding.partial import sync
+
+__all__ = [
+    "ForgivingTracker",
+    "NullTracker",
+    "RunTracker",
+    "Tracker",
+    "read_status",
+    "replacing",
+    "write_json",
+    "write_text",
+]
 
 log = logging.getLogger(__name__)
 
@@ -141,16 +152,23 @@ def write_text(path: Path, text: str) -> None:
     """Replace ``path`` at once: a reader, and who comes after a crash, sees the old file or the new one. Several
     processes may write it: each has a partial file of its own, and the last one wins.
     """
+    with replacing(path) as partial:
+        partial.write_text(text)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A partial file to be written in the block; it takes the place of ``path`` at the end, once its bytes are on the
+    disk, and goes if the block fails.
+    """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("x") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield partial
+        sync(partial)
         partial.replace(path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk's has none
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk's names no file
             error.filename = str(path)
         raise
 

@@ -118,12 +118,10 @@ class Shards:
         }
 
     def order(self) -> dict[str, Any]:
-        """What the order of an epoch depends on, beside its number: a run goes on in mid-epoch with the same."""
-        return {
-            "run.seed": self.config.run.seed,
-            "optim.global_batch": self.config.optim.global_batch,
-            "data.window_shards": self.window_shards,
-        }
+        """What the order of an epoch depends on and a run may change between epochs: in mid-epoch it goes on with the
+        same. (Seed and global batch are the run's for life, see ``launch.rundir``.)
+        """
+        return {"data.window_shards": self.window_shards}
 
 
 def make_plan(shards: Shards, world_size: int, epoch: int) -> EpochPlan:

@@ -17,6 +17,7 @@ from adagc_dist.config import Config
 from adagc_dist.predict import Scores
 from launch.arguments import add_ranks
 from launch.data import Shards
+from sharding.arguments import make_parser
 from sharding.manifest import LabelTable
 
 __all__ = ["evaluate", "main"]
@@ -63,10 +64,11 @@ def evaluate(runs: Sequence[str], overrides: Sequence[str], *, split: str, recov
         FileNotFoundError, ValueError: a run has no trained model, or its model and shards do not belong together.
     """
     from adagc_dist.report import comparison_table
+    from launch.recipe import load_run
     from launch.world import World, world_context
 
     world = World.from_env(os.environ)
-    configs = {name: _config(Path(name), overrides) for name in runs}
+    configs = {name: load_run(Path(name), overrides) for name in runs}
     device = world.device(next(iter(configs.values())).engine.device)
     with world_context(world, device) as comm:
         results = {}
@@ -134,16 +136,6 @@ class _Scores:
         return lambda batches: tqdm(batches, f"scoring {table.split}", total, unit="block", disable=hidden)
 
 
-def _config(run: Path, overrides: Sequence[str]) -> Config:
-    from launch.recipe import load_config
-
-    if not (run / "config.yaml").is_file():
-        raise FileNotFoundError(
-            f"{run} is no run: it holds no config.yaml. Give the folder that was run.dir in `adagc train`"
-        )
-    return load_config(run / "config.yaml", overrides)
-
-
 def _load_teacher(run: Path, shards: Shards, device: torch.device) -> tuple[nn.Module, Mapping[str, Sequence[float]]]:
     """The run's trained teacher, and the band statistics it was trained with."""
     from safetensors import safe_open
@@ -190,12 +182,8 @@ def _short_names(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="adagc evaluate",
-        description="Exact metrics of trained runs: AP and F1 per class, macro and micro, as a table and metrics.json.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Exact metrics of trained runs: AP and F1 per class, macro and micro, as a table and metrics.json."
+    parser = make_parser("adagc evaluate", description, _EPILOG)
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="folders of trained runs; section.key=value changes their settings"
     )

@@ -7,6 +7,7 @@ nearest right one: a misspelt learning rate must not train for a week at the def
 import copy
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from adagc_dist.config import Config
 
-__all__ = ["RECIPES", "describe_keys", "dump_config", "flatten", "load_config", "recipe_path"]
+__all__ = ["RECIPES", "describe_keys", "dump_config", "flatten", "load_config", "load_run", "recipe_path"]
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -45,9 +46,31 @@ def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Con
     try:
         values = parser.instantiate(parser.parse_object(tree))
     except ArgumentError as error:
-        raise ValueError(" ".join(str(error).replace("Parser key", "key").split())) from error
+        raise ValueError(_in_words(error)) from error
     config = Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
     return dataclasses.replace(config, model=dataclasses.replace(config.model, kwargs=kwargs))
+
+
+def _in_words(error: Exception) -> str:
+    """The parser's message, without its own terms."""
+    told = " ".join(str(error).replace("Parser key", "key").split())
+    told = re.sub(r"Does not .* Subtypes: \[(.*)\] Errors: .* Given value:", r"Expected one of \1. Got value:", told)
+    told = re.sub(r"Expected a (?:typing\.)?Literal\[(.*?)\]", r"Expected one of \1", told)
+    return re.sub(r"<class '(\w+)'>", r"\1", told).replace("NoneType", "null")
+
+
+def load_run(run: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that ``run`` was trained with, with overrides.
+
+    Raises:
+        FileNotFoundError: it is no run.
+        ValueError: as ``load_config``.
+    """
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"{run} is no run: it holds no config.yaml. Give the folder that was run.dir in `adagc train`"
+        )
+    return load_config(run / "config.yaml", overrides)
 
 
 def dump_config(config: Config) -> str:

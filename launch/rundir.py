@@ -18,26 +18,35 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from adagc_dist.agreement import Stopped, StopReason
-from adagc_dist.checkpoint import Checkpoint, CheckpointStore, Position
+from adagc_dist.checkpoint import Checkpoint, CheckpointStore, Position, as_disk_error
 from adagc_dist.comm import Comm, PeerError, first_error_everywhere
 from adagc_dist.config import Config
-from adagc_dist.tracking import ForgivingTracker, NullTracker, RunTracker, Tracker, read_status, write_json, write_text
-from adagc_dist.trainer import Trainer
+from adagc_dist.tracking import (
+    ForgivingTracker,
+    NullTracker,
+    RunTracker,
+    Tracker,
+    read_status,
+    replacing,
+    write_json,
+    write_text,
+)
+from adagc_dist.trainer import Moment, Trainer
 from launch.failure import is_lost_peer
 from launch.recipe import dump_config, flatten, load_config
 from launch.stop import STOP_FILE
 
-__all__ = ["TEACHER", "RunFolder", "mark_failed"]
+__all__ = ["TEACHER", "RunFolder", "check_unused", "mark_failed"]
 
 log = logging.getLogger(__name__)
 
 TEACHER = "teacher.safetensors"
+_LOCK = ".lock"
 _MAY_CHANGE = (
     "data.shards",
     "data.workers",
@@ -106,7 +115,7 @@ class RunFolder:
         with first_error_everywhere(self._comm):
             if self._comm.rank == 0:
                 self._path.mkdir(parents=True, exist_ok=True)
-                self._lock = _locked(self._path / ".lock", f"run.dir={self._config.run.dir}")
+                self._lock = _locked(self._path / _LOCK, f"run.dir={self._config.run.dir}")
                 self._check_unchanged()
                 for left in self._path.glob(".*.partial"):  # by a process that was killed
                     left.unlink()
@@ -116,12 +125,11 @@ class RunFolder:
             if self._comm.rank == 0:
                 self._forget_old_stop()
 
-    def tracker(self, resumed: Checkpoint | None) -> Tracker:
-        """Where this rank reports to, continuing after ``resumed``."""
+    def tracker(self, moment: Moment) -> Tracker:
+        """Where this rank reports to, continuing after ``moment``."""
         if self._comm.rank != 0:
             return NullTracker()
-        moment: dict[str, Any] = resumed.state()["moment"] if resumed else {"step": 0, "epoch": 0}
-        tracker = RunTracker(self._path, first_step=moment["step"], first_epoch=moment["epoch"])
+        tracker = RunTracker(self._path, first_step=moment.step, first_epoch=moment.epoch)
         return ForgivingTracker(tracker) if self._config.run.on_save_error == "continue" else tracker
 
     def train(self, trainer: Trainer) -> None:
@@ -131,16 +139,18 @@ class RunFolder:
             Stopped: somebody asked for it, and the run is saved.
         """
         try:
-            trainer.run()
-        except Stopped as stopped:
-            self._stopped(trainer, stopped.reason)
-            raise
+            stopped = _run(trainer)
+            if stopped is None:
+                self._finished(trainer)
+            else:
+                self._stopped(trainer, stopped.reason)
         except Exception as error:
             self._failed(trainer, error)
             if not is_lost_peer(error):
                 trainer.checkpoints.linger()
             raise
-        self._finished(trainer)
+        if stopped is not None:
+            raise stopped
 
     def _finished(self, trainer: Trainer) -> None:
         """Write the trained teacher and the final status; a request to stop came too late."""
@@ -148,12 +158,8 @@ class RunFolder:
             self.stop_file.unlink(missing_ok=True)
             metadata = {name: json.dumps(value) for name, value in trainer.data.items()}
             tensors = {name: tensor.cpu().contiguous() for name, tensor in trainer.teacher.model.state_dict().items()}
-            partial = self._path / (TEACHER + ".partial")
-            try:
+            with replacing(self._path / TEACHER) as partial, as_disk_error(self._path / TEACHER):
                 save_file(tensors, partial, metadata=metadata)
-            except SafetensorError as error:  # a full disk, for example
-                raise OSError(f"{partial} cannot be written: {error}") from error
-            partial.replace(self._path / TEACHER)
             moment = trainer.moment
             trainer.tracker.status(
                 "finished", epochs=moment.epoch, step=moment.step, trigger_epoch=moment.trigger_epoch
@@ -264,18 +270,39 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
 
 
+def _run(trainer: Trainer) -> Stopped | None:
+    """Collective: run ``trainer``; what stopped it, if it was stopped."""
+    try:
+        trainer.run()
+    except Stopped as stopped:
+        return stopped
+    return None
+
+
+def check_unused(config: Config) -> None:
+    """Before ranks are started: is nobody training in ``run.dir``?
+
+    Raises:
+        ValueError: another process is.
+    """
+    if (config.run_path / _LOCK).exists():
+        _locked(config.run_path / _LOCK, f"run.dir={config.run.dir}").close()
+
+
 def mark_failed(run: Path) -> None:
-    """A run whose ranks are gone is not running, whoever of them failed."""
-    status = read_status(run)
-    if status.get("state") == "running":
-        failed = status | {"state": "failed", "reason": "a rank failed; see the terminal's output"}
-        with suppress(OSError):  # a full disk may be what failed
-            write_json(run / "status.json", failed)
+    """A run whose ranks are gone is not running, whoever of them failed; one whose lock is held is somebody else's."""
+    if not (run / "status.json").is_file():
+        return
+    with suppress(OSError, ValueError), _locked(run / _LOCK, str(run)):  # a full disk may be what failed
+        status = read_status(run)
+        if status.get("state") == "running":
+            reason = "a rank failed; see the terminal's output"
+            write_json(run / "status.json", status | {"state": "failed", "reason": reason})
 
 
 def _is_beginning(path: Path) -> bool:
     """What a run leaves that was killed before it had a config.yaml."""
-    return path.name == ".lock" or (path.name.startswith(".") and path.name.endswith(".partial"))
+    return path.name == _LOCK or (path.name.startswith(".") and path.name.endswith(".partial"))
 
 
 def _locked(path: Path, name: str) -> IO[str]:

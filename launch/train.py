@@ -50,14 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return exit_code("adagc train", lambda: train(config))
         except Stopped:
             return 0 if World.from_env(os.environ).launched else EXIT_STOPPED
-    from launch.rundir import mark_failed
+    from launch.rundir import check_unused, mark_failed
     from launch.spawn import run_ranks
 
-    code = exit_code("adagc train", lambda: check(config, arguments.nproc_per_node))
+    ranks, words = arguments.nproc_per_node, [arguments.recipe, *arguments.overrides]
+
+    def ready() -> None:
+        check_unused(config)
+        check(config, ranks)
+
+    code = exit_code("adagc train", ready)
     if code:
         return code
-    words = [arguments.recipe, *arguments.overrides]
-    code = supervise(config.run_path, lambda: run_ranks("launch.train", words, ranks=arguments.nproc_per_node))
+    code = supervise(config.run_path, lambda: run_ranks("launch.train", words, ranks=ranks, supervised=True))
     if code not in (0, EXIT_STOPPED):
         mark_failed(config.run_path)
     return code
@@ -102,7 +107,7 @@ def train(config: Config) -> None:
             trainer.resume(latest)
         run.claim()  # only now: what cannot be built or resumed changes no folder
         watcher.look_for(run.stop_file)
-        trainer.tracker = run.tracker(latest)
+        trainer.tracker = run.tracker(trainer.moment)
         log.info(
             "%d rank(s) on %s, %s", comm.world_size, device.type, "from the start" if latest is None else latest.path
         )

@@ -112,8 +112,15 @@ class WorkerPool:
         Finalize(self, _close, args=(ours, self._processes), exitpriority=10)
 
     def submit(self, job: Job) -> None:
-        """Hand the job to the worker whose turn it is."""
-        self._pipes[self._next].send(job)
+        """Hand the job to the worker whose turn it is.
+
+        Raises:
+            WorkerError: that worker has died.
+        """
+        try:
+            self._pipes[self._next].send(job)
+        except OSError as error:
+            raise self._died(self._next) from error
         self._asked.append(self._next)
         self._next = (self._next + 1) % len(self._pipes)
 
@@ -129,12 +136,16 @@ class WorkerPool:
         try:
             report: Report = pipe.recv()
         except (EOFError, OSError) as error:
-            process.join(1.0)
-            raise WorkerError(
-                f"reading process {process.pid} died without a word (exit code {process.exitcode}): killed from "
-                "outside, or for using too much memory (then try a smaller data.workers)"
-            ) from error
+            raise self._died(number) from error
         return report
+
+    def _died(self, number: int) -> WorkerError:
+        process = self._processes[number]
+        process.join(1.0)
+        return WorkerError(
+            f"reading process {process.pid} died without a word (exit code {process.exitcode}): killed from "
+            "outside, or for using too much memory (then try a smaller data.workers)"
+        )
 
     def drain(self) -> None:
         """Wait until no job is under way; reports are dropped."""

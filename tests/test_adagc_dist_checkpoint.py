@@ -580,6 +580,22 @@ def test_a_pruning_that_fails_takes_no_complete_checkpoint_with_it(
     assert names(tmp_path) == [str(Position(3))]
 
 
+def test_a_damaged_marker_of_an_old_checkpoint_does_not_fail_a_new_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody knows what it needs, so nothing is deleted."""
+    for epoch in (1, 2):
+        save(tmp_path, epoch)
+    (tmp_path / str(Position(2)) / "COMPLETE.json").write_text("")
+    save(tmp_path, 3, keep=2)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert re.match(
+        rf"an old checkpoint could not be deleted yet: .*{Position(2)}/COMPLETE\.json is missing or damaged", told
+    )
+    assert names(tmp_path) == [str(Position(epoch)) for epoch in (1, 2, 3)]
+    assert_whole(store_of(tmp_path).latest(), Position(3))
+
+
 def raising(error: Exception) -> Callable[..., None]:
     def fail(*_: object, **__: object) -> None:
         raise error

@@ -98,6 +98,8 @@ def test_model_arguments_are_added_to_those_of_the_recipe(tmp_path: Path) -> Non
         ("optim.precision=fp16", r"key \"optim\.precision\": .*'fp32', 'bf16'"),
         ("model.kwargs=3", r"key \"model\.kwargs\""),
         ("optim.lr=-1", r"optim\.lr=-1\.0 must not be negative"),
+        ("data.size=big", r"key \"data\.size\": Expected one of int, null\. Got value: big$"),
+        ("engine.batchnorm=no", r"key \"engine\.batchnorm\": Expected one of 'local', 'sync'\. Got value: False$"),
         ("method.combine=min", r"key \"method\.combine\": .*'mean', 'max', 'product'"),
     ],
 )

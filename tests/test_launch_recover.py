@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from adagc_dist.checkpoint import Checkpoint, CheckpointStore, Content, Position
 from adagc_dist.comm import SoloComm
 from launch import recover as command
+from launch.data import Shards
 from launch.recipe import dump_config
 from sharding.manifest import load_manifest, load_table
 from tests.tiny import tiny_config
@@ -28,11 +30,15 @@ def run(tiny_shards: Path, tmp_path: Path) -> Path:
     config = tiny_config(tiny_shards, folder)
     (folder / "config.yaml").write_text(dump_config(config))
     for epoch in (1, 2):
-        save(folder, epoch)
+        save(folder, epoch, identity(tiny_shards))
     return folder
 
 
-def save(folder: Path, epoch: int, *, rows: bool = True) -> None:
+def identity(shards: Path) -> dict[str, Any]:
+    return Shards.open(tiny_config(shards, Path("run"))).identity()
+
+
+def save(folder: Path, epoch: int, data: dict[str, Any], *, rows: bool = True) -> None:
     store = CheckpointStore(folder / "checkpoints", comm=SoloComm(), keep=9)
     order = np.random.default_rng(epoch).permutation(ROWS).astype(np.int32)
     state = {
@@ -40,7 +46,7 @@ def save(folder: Path, epoch: int, *, rows: bool = True) -> None:
         "values": torch.from_numpy(averages(epoch)[order]),
         "marks": torch.from_numpy(np.where(order < 10, 0, MARKED).astype(np.int16)),
     }
-    store.save(Position(epoch), Content({}, state if rows else None, {}))
+    store.save(Position(epoch), Content({}, state if rows else None, {"data": data}))
     store.wait()
 
 
@@ -83,24 +89,24 @@ def test_thresholds_are_fitted_per_class_on_observed_labels(run: Path, tmp_path:
 
 @pytest.mark.parametrize("left", ["nothing", "a folder without its marker"])
 def test_a_checkpoint_that_the_run_deletes_meanwhile_is_replaced_by_a_newer_one(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+    run: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, left: str
 ) -> None:
     read = Checkpoint.rows
 
     def deleted_once(checkpoint: Checkpoint, rank: int, world_size: int) -> object:
         if checkpoint.position == Position(2):
-            save(run, 3)
+            save(run, 3, identity(tiny_shards))
             shutil.rmtree(checkpoint.path)
             if left != "nothing":  # it is still being deleted
                 checkpoint.path.mkdir()
         return read(checkpoint, rank, world_size)
 
     monkeypatch.setattr(Checkpoint, "rows", deleted_once)
-    assert command.newest_averages(run, ROWS).checkpoint.position == Position(3)
+    assert command.newest_averages(run, identity(tiny_shards)).checkpoint.position == Position(3)
 
 
-def test_values_are_those_of_the_files(run: Path) -> None:
-    found = command.newest_averages(run, ROWS)
+def test_values_are_those_of_the_files(run: Path, tiny_shards: Path) -> None:
+    found = command.newest_averages(run, identity(tiny_shards))
     (file,) = found.checkpoint.path.glob("rows-*")
     saved = load_file(file)
     np.testing.assert_array_equal(found.values_NC[saved["rows"][found.written_N[saved["rows"]]]],
@@ -126,13 +132,40 @@ def test_a_changed_byte_of_the_averages_is_told_and_nothing_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_averages_of_other_shards_are_not_given_to_these_patches(
+    run: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many rows, but made again: a row's number may be another patch's."""
+    save(run, 3, identity(tiny_shards) | {"shards": "another digest"})
+    told = told_of(run, tmp_path, capsys)
+    assert told.startswith(
+        f"adagc recover: the shards of {run / 'checkpoints' / str(Position(3))} are not those of this"
+    )
+    assert told.endswith("keep data.shards and data.bands as in its training\n")
+
+
+def test_shards_that_have_moved_are_named(run: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(tiny_shards, tmp_path / "moved")
+    (run / "config.yaml").write_text(dump_config(tiny_config(tmp_path / "gone", run)))
+    out = tmp_path / "labels.parquet"
+    assert command.main([str(run), f"data.shards={tmp_path / 'gone'}", "--out", str(out)]) == 1
+    assert command.main([str(run), f"data.shards={moved}", "--out", str(out)]) == 0
+    assert out.is_file()
+
+
+def test_a_folder_is_no_file_to_write(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main([str(run), "--out", str(tmp_path)])
+    assert f"{tmp_path} is a folder: name a file, e.g. {tmp_path}/labels.parquet" in capsys.readouterr().err
+
+
 def test_what_is_no_run_or_has_nothing_yet_is_told(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "nowhere is no run: it holds no config.yaml" in told_of(tmp_path / "nowhere", tmp_path, capsys)
     shutil.rmtree(run / "checkpoints")
     assert "has no complete checkpoint yet: the first comes with its first epoch's end" in told_of(
         run, tmp_path, capsys
     )
-    save(run, 4, rows=False)
+    save(run, 4, identity(tiny_shards), rows=False)
     assert "holds no prediction averages: its method keeps none" in told_of(run, tmp_path, capsys)

@@ -15,8 +15,9 @@ from adagc_dist.checkpoint import Content, Position
 from adagc_dist.comm import Comm, PeerError, SoloComm
 from adagc_dist.tracking import read_status, write_json
 from launch.recipe import dump_config, load_config
-from launch.rundir import RunFolder, mark_failed
+from launch.rundir import RunFolder, check_unused, mark_failed
 from tests.ranks import run_threads
+from tests.tiny import tiny_settings
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -133,9 +134,8 @@ from pathlib import Path
 from tests.test_launch_rundir import folder
 run = folder(Path(sys.argv[1]))
 run.claim()
-child = os.fork()
-if child:
-    print("the child is", child, flush=True)
+if os.fork() == 0:  # by now it has forgotten the lock
+    print("the child is", os.getpid(), flush=True)
 time.sleep(60)
 """
 
@@ -206,6 +206,54 @@ def test_a_run_without_ranks_is_not_running(tmp_path: Path, before: str, after: 
     mark_failed(tmp_path)
     assert read_status(tmp_path)["state"] == after
     assert read_status(tmp_path)["step"] == 7
+
+
+def test_a_start_that_was_refused_does_not_speak_for_the_run_that_trains_there(tmp_path: Path) -> None:
+    write_json(tmp_path / "status.json", {"state": "running"})
+    with (tmp_path / ".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="is in use by another process that trains there: wait for it"):
+            check_unused(load_config(None, [f"run.dir={tmp_path}", "data.shards=none"]))
+        mark_failed(tmp_path)
+        assert read_status(tmp_path) == {"state": "running"}
+    check_unused(load_config(None, [f"run.dir={tmp_path}", "data.shards=none"]))
+    mark_failed(tmp_path)
+    assert read_status(tmp_path)["state"] == "failed"
+
+
+def test_a_folder_that_is_to_be_a_run_stays_as_it_is_when_it_is_looked_at(tmp_path: Path) -> None:
+    for run in (tmp_path, tmp_path / "none"):
+        check_unused(load_config(None, [f"run.dir={run}", "data.shards=none"]))
+        mark_failed(run)
+    assert list(tmp_path.iterdir()) == []
+
+
+NO_ROOM = """
+import sys
+from safetensors import SafetensorError
+from launch import cli, rundir
+
+def save_half(tensors, path, metadata):
+    path.write_bytes(bytes(100))
+    raise SafetensorError("No space left on device")
+
+rundir.save_file = save_half
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_result_that_cannot_be_written_is_a_failure_and_leaves_no_part(tiny_shards: Path, tmp_path: Path) -> None:
+    """What was learnt is in the checkpoint; once there is room, the same command writes the result."""
+    run = tmp_path / "run"
+    words = ["train", "demo", *tiny_settings(tiny_shards, run, "optim.epochs=1", "detector.rule=never")]
+    failed = subprocess.run([sys.executable, "-c", NO_ROOM, *words], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    told = f"{run}/teacher.safetensors cannot be written: No space left on device"
+    assert (failed.returncode, failed.stderr.splitlines()[-1]) == (1, f"adagc train: {told}")
+    assert read_status(run) == {"state": "failed", "step": 8, "rank": 0, "reason": f"OSError: {told}"}
+    assert not list(run.glob("*teacher*")) + list(run.glob(".*partial"))
+    subprocess.run([sys.executable, "-m", "launch.cli", *words], cwd=REPOSITORY, check=True)
+    assert (read_status(run)["state"], read_status(run)["step"]) == ("finished", 8)
+    assert (run / "teacher.safetensors").is_file()
 
 
 def test_a_status_may_be_written_by_many_at_once(tmp_path: Path) -> None:

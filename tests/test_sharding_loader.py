@@ -1,9 +1,11 @@
 """Slots through worker processes: the same batches for any number of them, in reused buffers; errors told, skipped."""
 
 import logging
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from sharding.manifest import load_manifest
 from sharding.plan import plan_epoch
 from sharding.reader import ReadError
 from sharding.ring import Ring
+from sharding.workers import Job, Report, WorkerError, WorkerPool
 from tests.damages import copy_with, flip_a_pixel, remove, truncate
 from tests.tiny import make_reader, read_batch, slot_of
 
@@ -183,3 +186,29 @@ def test_a_loader_ends_at_once_though_another_is_at_work(tiny_shards: Path) -> N
     start = time.monotonic()
     del loader, loaders[0]
     assert time.monotonic() - start < 3
+
+
+class Nothing:
+    """A filler that has nothing to do."""
+
+    stages = True
+
+    def fill(self, job: Job) -> Report:
+        return Report()
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["between jobs", "with a job"])
+def test_a_worker_that_was_killed_is_told_with_the_remedy(busy: bool) -> None:
+    before = set(multiprocessing.active_children())
+    pool = WorkerPool(Nothing(), 1, "fork")  # type: ignore[arg-type]
+    (worker,) = set(multiprocessing.active_children()) - before
+    pool.submit(Job(0, 0))
+    assert pool.receive() == Report()
+    if busy:
+        os.kill(worker.pid or 0, signal.SIGSTOP)
+        pool.submit(Job(0, 0))
+    worker.kill()
+    worker.join()
+    told = rf"reading process {worker.pid} died without a word \(exit code -9\): .*try a smaller data\.workers"
+    with pytest.raises(WorkerError, match=told):
+        pool.receive() if busy else pool.submit(Job(0, 0))
