@@ -8,6 +8,7 @@ in a few hundredths of a second instead of five seconds.
 """
 
 import faulthandler
+import functools
 import multiprocessing
 import os
 import pickle
@@ -166,6 +167,14 @@ def _raise_first(errors: list[tuple[int, BaseException]], alive: list[int]) -> N
         raise RankError(f"ranks {waited} waited in a collective that others never called, ranks {alive} did not end")
 
 
+@functools.cache
+def _start_server() -> None:
+    """And wait for its imports, once: they take seconds, which are no rank's."""
+    process = _FORKSERVER.Process(target=time.sleep, args=(0,))
+    process.start()
+    process.join()
+
+
 class Ranks:
     """``function(*args)`` in ``world_size`` processes with torchrun's environment; use ``join``, or ``kill`` as a power
     cut would.
@@ -175,6 +184,7 @@ class Ranks:
     """
 
     def __init__(self, world_size: int, function: Callable[..., object], *args: object, timeout: float = 60.0) -> None:
+        _start_server()
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._store = dist.TCPStore(
             "localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)

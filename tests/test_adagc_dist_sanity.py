@@ -179,11 +179,10 @@ def test_a_rank_whose_weights_come_apart_ends_the_run_at_the_next_check(
     assert [code for code, _ in ended] == [1, 1]
     status = status_of(tmp_path / "run")
     assert (status["state"], status["step"]) == ("failed", found_at)
-    first = "student" if model == "student" else "teacher"
-    assert f"step {found_at}: {first}." in ended[0][1]
+    assert f"step {found_at}: {model}." in ended[0][1]
     assert "of rank 1" in ended[0][1]
     assert "differs from rank 0's: the ranks no longer train one model" in ended[0][1]
-    assert f"ValueError: step {found_at}: {first}." in status["reason"]
+    assert f"ValueError: step {found_at}: {model}." in status["reason"]
 
 
 def test_a_check_that_is_off_finds_nothing(tiny_shards: Path, tmp_path: Path) -> None:

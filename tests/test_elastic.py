@@ -12,10 +12,8 @@ values, measured over 32 steps on 2, 3, 1 and 2 ranks, half of them in calibrati
 Before the first change of the ranks not a bit differs.
 """
 
-import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,15 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adagc_dist.agreement import StopReason
-from adagc_dist.checkpoint import Checkpoint, CheckpointStore, Position
-from adagc_dist.comm import SoloComm
+from adagc_dist.checkpoint import Position
 from adagc_dist.store import PredictionStore
 from adagc_dist.trainer import Trainer
-from launch import train as command
 from launch.engines import DdpEngine
 from sharding.loader import Batch
 from sharding.plan import EpochPlan
 from tests.ranks import Ranks
+from tests.test_training import command_line, newest
 from tests.tiny import tiny_settings
 
 EPOCHS, STEPS, ROWS = 4, 8, 90
@@ -115,9 +112,8 @@ def train_part(arguments: Sequence[str], until: Position | None, injected: bool)
     DdpEngine.step = noted_rate  # type: ignore[method-assign]
     if injected:
         PredictionStore.blend = injected_blend  # type: ignore[method-assign]
-    with redirect_stderr(io.StringIO()) as told:
-        code = command.main(arguments)
-    assert code == 0, told.getvalue()
+    code, told = command_line(arguments)
+    assert code == 0, told
     return trained
 
 
@@ -142,12 +138,6 @@ def train_parts(run: Path, shards: Path, parts: Sequence[Part], settings: Sequen
         if part.until is not None:
             assert newest(run).position == part.until
     return whole
-
-
-def newest(run: Path) -> Checkpoint:
-    found = CheckpointStore(run / "checkpoints", comm=SoloComm(), keep=1).latest()
-    assert found is not None
-    return found
 
 
 def store_of(run: Path) -> dict[str, Tensor]:
@@ -255,7 +245,7 @@ def test_an_epoch_ends_in_the_order_in_which_it_began(tiny_shards: Path, tmp_pat
     part(Position(0, 1))
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != ".lock"}
     arguments = ["demo", *tiny_settings(tiny_shards, run, *SETTINGS, *settings, "data.window_shards=1")]
-    ((code, told),) = Ranks(1, told_by, arguments).join()
+    ((code, told),) = Ranks(1, command_line, arguments).join()
     assert code == 1
     assert told == (
         f"adagc train: {run}/checkpoints/epoch-0000-step-00001 lies within an epoch that began with "
@@ -264,9 +254,3 @@ def test_an_epoch_ends_in_the_order_in_which_it_began(tiny_shards: Path, tmp_pat
     assert {name: (run / name).read_bytes() for name in before} == before
     assert sorted(part(None, "data.window_shards=0").rows) == [1, 2]
     assert sorted(part(None, "data.window_shards=1", "optim.epochs=2").rows) == [3, 4, 5]
-
-
-def told_by(arguments: Sequence[str]) -> tuple[int, str]:
-    with redirect_stderr(io.StringIO()) as told:
-        code = command.main(arguments)
-    return code, told.getvalue()

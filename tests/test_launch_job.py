@@ -87,6 +87,7 @@ def fails_to_continue(run: Path) -> int:
 
 
 def hangs(run: Path) -> int:
+    launch.job.ECHO_SECONDS = 0.2  # type: ignore[attr-defined]  # here only: elsewhere an echo must be one, if late
     status(run, "running")
     tell()
     time.sleep(0.3)
@@ -122,7 +123,6 @@ def test_a_supervised_run_that(ranks: Callable[[Path], int], code: int, tmp_path
 
 
 def supervised(run: Path, ranks: Callable[[Path], int]) -> int:
-    launch.job.ECHO_SECONDS = 0.2  # type: ignore[attr-defined]
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     code = supervise(run, lambda: ranks(run))
@@ -146,9 +146,15 @@ def test_in_another_thread_signals_are_somebody_elses(tmp_path: Path) -> None:
 
 # The command itself: launcher, ranks, reading processes
 
+
+def die(trainer: Any, run: Path) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 HOOKS = {
     "slow": [partial(at_step, 0, 0, do_nothing), note_workers],
     "hang": [partial(at_step, 3, 1, hang), note_workers],
+    "die": [partial(at_step, 3, 1, die), note_workers],
 }
 COMMAND = """
 import sys, launch.spawn, launch.train
@@ -219,7 +225,7 @@ def test_a_signal_to_the_launcher_stops_the_run_which_goes_on(run: Run, start: C
     print(f"launcher: {time.monotonic() - asked:.2f} s from SIGUSR1 to its exit")
     output = command.output.read_text()
     assert code == EXIT_STOPPED, output
-    assert command.left() == []
+    wait_until(lambda: command.left() == [], 5)
     reason, _, step = run.stopped()
     assert reason == "SIGUSR1"
     assert step < 12
@@ -257,11 +263,22 @@ def test_a_second_signal_to_the_launcher_ends_a_run_that_hangs(run: Run, start: 
 
 
 def test_ranks_whose_launcher_was_killed_save_and_end(run: Run, start: Callable[[str], Command]) -> None:
+    run.settings = [*run.settings, "optim.epochs=100"]  # it must not come to its end before the launcher does
     command = start("slow")
     wait_until(lambda: any(run.path.glob("checkpoints/*/COMPLETE.json")), 60)
     command.tell(signal.SIGKILL)
     wait_until(lambda: command.left() == [], 0.5 + 2 + 2 * LOADED)
     assert run.stopped()[0] == "the launcher has gone"
+
+
+def test_a_rank_that_was_killed_is_told_with_the_remedy(run: Run, start: Callable[[str], Command]) -> None:
+    command = start("die")
+    assert command.code(60) == 1
+    assert command.output.read_text().splitlines()[-1] == (
+        "rank 1 was killed by SIGKILL, from outside or for using too much memory: start the same command again to go on"
+    )
+    assert status_of(run.path)["state"] == "failed"
+    wait_until(lambda: command.left() == [], 5)
 
 
 if __name__ == "__main__":  # a rank of Command

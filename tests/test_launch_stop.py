@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +22,8 @@ import pytest
 import launch.build
 import launch.stop
 import launch.train
-import launch.world
 from adagc_dist.agreement import StopReason
-from adagc_dist.checkpoint import Checkpoint, CheckpointStore
-from adagc_dist.comm import SoloComm
+from adagc_dist.checkpoint import CheckpointStore
 from adagc_dist.config import Config
 from adagc_dist.predict import SplitScorer
 from adagc_dist.store import RowStore
@@ -36,7 +33,7 @@ from launch.world import World
 from sharding.reader import PatchReader
 from sharding.workers import WorkerPool
 from tests.ranks import RankError, Ranks
-from tests.test_training import command_line, lines_of, same_bits, status_of, teacher_of, without_speed
+from tests.test_training import assert_as, command_line, newest, prepare_rank, same_bits, status_of, teacher_of
 from tests.tiny import tiny_settings
 
 EPOCHS = 3
@@ -53,8 +50,7 @@ Hook = Callable[[Path], object]
 
 def in_a_rank(arguments: Sequence[str], run: Path, hooks: Sequence[Hook]) -> tuple[int, str]:
     """`adagc train ...`, changed by ``hooks``: the exit code, and what it said."""
-    launch.world.usable_cores = lambda: 1  # threads of ranks on few cores would only wait for one another
-    warnings.filterwarnings("ignore", r"unclosed file.*\.lock", ResourceWarning)  # held until the process ends
+    prepare_rank()
     for hook in hooks:
         hook(run)
     return command_line(arguments)
@@ -147,12 +143,13 @@ def slow_data(seconds: float, reads: int, run: Path) -> None:
     PatchReader.read = slowly  # type: ignore[method-assign]
 
 
-def slow_saves(seconds: float, run: Path) -> None:
+def slow_saves(run: Path) -> None:
+    """A save goes on until there is a file ``go``."""
     wait = CheckpointStore.wait
 
     def slowly(self: CheckpointStore, **options: Any) -> None:
         note(run, "saving")
-        time.sleep(seconds)
+        wait_until((run.parent / "go").exists, 30)
         wait(self, **options)
 
     CheckpointStore.wait = slowly  # type: ignore[method-assign]
@@ -247,18 +244,13 @@ class Run:
         assert status["state"] == "stopped"
         assert not (self.path / STOP_FILE).exists()
         assert not (self.path / "teacher.safetensors").exists()
-        latest = self.latest()
+        latest = newest(self.path)
         latest.verify()
         moment = latest.state()["moment"]
         assert (moment["epoch"], moment["step"]) == (status["epoch"], status["step"])
         assert latest.position.epoch * STEPS + latest.position.step == status["step"]
         assert self.left() == []
         return status["reason"], status["epoch"], status["step"]
-
-    def latest(self) -> Checkpoint:
-        latest = CheckpointStore(self.path / "checkpoints", comm=SoloComm(), keep=2).latest()
-        assert latest is not None
-        return latest
 
     def left(self) -> list[int]:
         """Loader workers that are still there."""
@@ -304,12 +296,6 @@ def run(tiny_shards: Path, tmp_path: Path) -> Run:
     return Run(tiny_shards, tmp_path / "run")
 
 
-def assert_as(whole: Path, run: Path) -> None:
-    assert status_of(run) == status_of(whole)
-    assert same_bits(teacher_of(run), teacher_of(whole))
-    assert without_speed(lines_of(run)) == without_speed(lines_of(whole))
-
-
 # One rank of two is asked
 
 
@@ -319,7 +305,7 @@ def test_a_signal_to_one_rank_stops_both_and_they_go_on(run: Run, whole: Path, n
     workers = {signal.SIGTERM: ["data.workers=1", "data.reader=webdataset"], signal.SIGINT: ["data.workers=1"]}
     run.settings = workers.get(number, [])
     step = {signal.SIGTERM: 3, signal.SIGUSR1: 10, signal.SIGINT: 12}[number]
-    seconds = run.stop(partial(at_step, step, 1, partial(ask_and_tell_workers, number)))
+    seconds = run.stop(partial(at_step, step, 1, partial(until_heard, partial(ask_and_tell_workers, number))))
     reason, epoch, stopped_at = run.stopped()
     print(f"training: {seconds:.2f} s from {number.name} to the exit of both ranks")
     assert (reason, epoch) == (number.name, step // STEPS)
@@ -328,6 +314,12 @@ def test_a_signal_to_one_rank_stops_both_and_they_go_on(run: Run, whole: Path, n
     if number is signal.SIGUSR1:
         run.finish()
         assert_as(whole, run.path)
+
+
+def until_heard(action: Callable[[Trainer, Path], object], trainer: Trainer, run: Path) -> None:
+    """``action``, and no next step before it has asked for a stop: later the run might be in validation."""
+    action(trainer, run)
+    wait_until(lambda: trainer.agreement.requests.stop is not None, 10)
 
 
 def ask_and_tell_workers(number: int, trainer: Trainer, run: Path) -> None:
@@ -341,7 +333,7 @@ def ask_and_tell_workers(number: int, trainer: Trainer, run: Path) -> None:
     ("action", "reason"), [(ask_by_file, StopReason.FILE), (lose_the_launcher, StopReason.ORPHANED)]
 )
 def test_what_one_rank_finds_stops_both(run: Run, action: Any, reason: StopReason) -> None:
-    seconds = run.stop(partial(at_step, 9, 1, action))
+    seconds = run.stop(partial(at_step, 9, 1, partial(until_heard, action)))
     told, epoch, step = run.stopped()
     assert (told, epoch) == (reason.value, step // STEPS)
     assert step > 9
@@ -361,11 +353,10 @@ def hang_a_second(trainer: Trainer, run: Path) -> None:
 def test_a_rank_that_fails_while_streams_are_read_ends(run: Run) -> None:
     """Its exit waits for the reading process, which hears no SIGTERM but the rank's own."""
     run.settings = ["data.workers=1", "data.reader=webdataset"]
-    start = time.monotonic()
-    codes, told = exit_codes(run.start(partial(at_step, 3, 1, fail), timeout=30.0), 25.0)
+    codes, told = exit_codes(run.start(partial(at_step, 3, 1, fail), timeout=60.0), 50.0)
     assert codes[1] == 1
     assert "a bug" in told
-    assert time.monotonic() - start < 20
+    assert run.since("asked") < 20
 
 
 def fail(trainer: Trainer, run: Path) -> None:
@@ -471,7 +462,7 @@ def alone(arguments: Sequence[str], run: Path, hooks: Sequence[Hook]) -> tuple[i
 def test_a_second_signal_ends_a_run_that_hangs_and_says_where(run: Run) -> None:
     ranks = run.start(partial(at_step, 3, 1, hang))
     wait_until((run.path.parent / "asked").exists, 40)
-    for wait in (0.3, 0.3, 2.0):  # the second is an echo of the first
+    for wait in (0.3, 0.3, 2.9):  # the second and the third are echoes of the first, which may be heard late
         for process in ranks.processes:
             os.kill(process.pid or 0, signal.SIGTERM)
         time.sleep(wait)
@@ -491,12 +482,13 @@ def test_an_echo_does_not_disturb_a_slow_save(run: Run) -> None:
     clock's stop is the first that anybody sent.
     """
     run.settings = ["run.max_minutes=0.02"]
-    ranks = run.start(partial(at_step, 1, 1, hang_a_second), partial(slow_saves, 1.5))
+    ranks = run.start(partial(at_step, 1, 1, hang_a_second), slow_saves)
     wait_until((run.path.parent / "saving").exists, 40)
     for wait in (2.2, 0.3, 0.0):
         time.sleep(wait)
         for process in ranks.processes:
             os.kill(process.pid or 0, signal.SIGTERM)
+    (run.path.parent / "go").touch()
     assert [code for code, _ in ranks.join()] == [0, 0]
     assert run.stopped()[0] == "run.max_minutes is spent"
 
@@ -505,8 +497,8 @@ def test_a_stop_that_hangs_ends_by_force_on_all_ranks(run: Run) -> None:
     run.settings = ["run.stop_seconds=1.5", "data.workers=1"]
     ranks = run.start(partial(at_step, 3, 1, hang), note_workers)
     wait_until((run.path.parent / "asked").exists, 40)
-    (run.path / STOP_FILE).touch()
     start = time.monotonic()
+    (run.path / STOP_FILE).touch()
     codes, told = exit_codes(ranks, 1.5 + 0.5 + LOADED)
     assert time.monotonic() - start > 1.5
     assert codes == [1, 1]
@@ -585,12 +577,14 @@ def hears_other_handlers_signals_without_a_stop(folder: Path) -> None:
 
 
 def does_not_hear_what_a_forked_child_is_told(folder: Path) -> None:
+    reader, writer = os.pipe()
     with StopWatcher(grace=5) as watcher:
         child = os.fork()
         if child == 0:
+            os.write(writer, bytes(1))
             time.sleep(60)
             os._exit(0)
-        time.sleep(0.1)
+        os.read(reader, 1)  # the child has come out of its fork
         os.kill(child, signal.SIGUSR1)
         time.sleep(0.3)
         assert watcher.stop is None
@@ -620,7 +614,6 @@ def hears_files_and_clocks_in_any_thread_but_no_signals(folder: Path) -> None:
 
 
 def goes_on_where_the_disk_fails(folder: Path) -> None:
-    exists = os.path.exists
     failing = True
 
     def stat(path: Any, **options: Any) -> Any:
@@ -636,7 +629,6 @@ def goes_on_where_the_disk_fails(folder: Path) -> None:
         failing = False
         (folder / STOP_FILE).touch()
         soon(lambda: watcher.stop is StopReason.FILE)
-    assert exists is os.path.exists
 
 
 @pytest.mark.parametrize(
@@ -661,12 +653,14 @@ def ends_though_nobody_reads(folder: Path) -> None:
     _, writer = os.pipe()
     os.dup2(writer, 2)
     with StopWatcher(grace=0.3, launcher=os.getppid()):
+        (folder / "asked").touch()
         os.kill(os.getpid(), signal.SIGTERM)
         while True:
             os.write(2, bytes(1 << 16))
 
 
 def test_a_stop_by_force_does_not_wait_for_a_reader(tmp_path: Path) -> None:
-    ranks = Ranks(1, ends_though_nobody_reads, tmp_path, timeout=20.0)
+    ranks = Ranks(1, ends_though_nobody_reads, tmp_path, timeout=40.0)
+    wait_until((tmp_path / "asked").exists, 20)  # the process has begun: what follows measures its end alone
     codes, _ = exit_codes(ranks, 1.3 + LOADED)
     assert codes == [-signal.SIGALRM]

@@ -161,7 +161,7 @@ def test_ends_in_a_sentence(
     assert _is_right(cache, shards[0])  # a failure is not remembered for ever
 
 
-def test_a_server_that_is_gone(cache: ShardCache, server: ShardServer, shards: list[Shard]) -> None:
+def test_a_server_that_is_gone(cache: ShardCache, shards: list[Shard]) -> None:
     with ShardServer(cache.folder) as other:
         url = other.url
     cache.origin = url
@@ -169,16 +169,14 @@ def test_a_server_that_is_gone(cache: ShardCache, server: ShardServer, shards: l
         cache.path(shards[0])
 
 
-def test_another_size_at_the_origin_is_refused(cache: ShardCache, server: ShardServer, shards: list[Shard]) -> None:
+def test_another_size_at_the_origin_is_refused(cache: ShardCache, shards: list[Shard]) -> None:
     for size in (SIZE - 1, SIZE + 1):
         with pytest.raises(FetchError):
             cache.path(Shard(shards[0].name, "train", 1, size, shards[0].digest))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_share_one_download(
-    method: str, cache: ShardCache, server: ShardServer, shards: list[Shard], tmp_path: Path
-) -> None:
+def test_processes_share_one_download(method: str, cache: ShardCache, server: ShardServer, shards: list[Shard]) -> None:
     assert _is_right(cache, shards[1])  # the parent has used all of it before it forks
     cache.stage(shards[1:2])
     server.faults = Faults(rate=1e6)

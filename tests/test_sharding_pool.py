@@ -3,7 +3,6 @@
 import io
 import os
 import time
-from pathlib import Path
 
 import pytest
 
@@ -55,7 +54,7 @@ def test_a_worker_that_vanishes() -> None:
         list(run_tasks(vanish, [1, 2], workers=2))
 
 
-def test_poll_is_called_while_waiting(tmp_path: Path) -> None:
+def test_poll_is_called_while_waiting() -> None:
     calls = []
     list(run_tasks(time.sleep, [1.2], workers=1, poll=lambda: calls.append(time.monotonic())))
     assert len(calls) >= 2

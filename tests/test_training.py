@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+import launch.world
 from adagc_dist import checkpoint
-from adagc_dist.checkpoint import Position
-from adagc_dist.comm import Comm
+from adagc_dist.checkpoint import Checkpoint, CheckpointStore, Position
+from adagc_dist.comm import Comm, SoloComm
 from adagc_dist.detector import Verdict
 from adagc_dist.trainer import Moment, Trainer
 from launch import train as command
@@ -64,8 +66,32 @@ def teacher_of(run: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def checkpoints_of(run: Path) -> CheckpointStore:
+    return CheckpointStore(run / "checkpoints", comm=SoloComm(), keep=1)
+
+
+def newest(run: Path) -> Checkpoint:
+    found = checkpoints_of(run).latest()
+    assert found is not None, f"{run} has no checkpoint"
+    return found
+
+
 def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return set(first) == set(second) and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def assert_as(whole: Path, run: Path) -> None:
+    """The same status, teacher and lines."""
+    assert status_of(run) == status_of(whole)
+    assert same_bits(teacher_of(run), teacher_of(whole))
+    assert without_speed(lines_of(run)) == without_speed(lines_of(whole))
+
+
+def prepare_rank() -> None:
+    """A process that is to run commands."""
+    launch.world.usable_cores = lambda: 1  # threads of ranks on few cores would only wait for one another
+    # a run holds it until its process ends
+    warnings.filterwarnings("ignore", r"unclosed file.*\.lock", ResourceWarning)
 
 
 def command_line(arguments: Sequence[str]) -> tuple[int, str]:
@@ -228,14 +254,29 @@ def test_another_seed_is_another_run(finished: Path, tmp_path: Path) -> None:
     assert lines_of(tmp_path / "other")[0]["loss/bce"] != lines_of(finished)[0]["loss/bce"]
 
 
+def train_up_to(settings: Sequence[str], position: str) -> tuple[int, str]:
+    """The command, which does not get past this checkpoint: complete as it is, its save does not end, and whatever
+    comes next waits for that.
+    """
+    write_json = checkpoint.write_json
+
+    def written(path: Path, record: Mapping[str, Any]) -> None:
+        write_json(path, record)
+        if (path.parent.name, path.name) == (position, "COMPLETE.json"):
+            time.sleep(600)
+
+    checkpoint.write_json = written
+    return command_line(["demo", *settings])
+
+
 def kill_after_epoch(settings: Sequence[str], run: Path, epoch: int) -> None:
     """Two ranks that lose their power once the checkpoint of ``epoch`` is complete."""
     kill_after(settings, run, Position(epoch + 1))
 
 
 def kill_after(settings: Sequence[str], run: Path, position: Position) -> None:
-    """Two ranks that lose their power once this checkpoint is complete."""
-    ranks = Ranks(2, command_line, ["demo", *settings], timeout=120.0)
+    """Two ranks that lose their power once this checkpoint is complete, before there is a later one."""
+    ranks = Ranks(2, train_up_to, settings, str(position), timeout=120.0)
     marker, deadline = run / "checkpoints" / str(position) / "COMPLETE.json", time.monotonic() + 100
     while not marker.is_file() and time.monotonic() < deadline and ranks.processes[0].is_alive():
         time.sleep(0.002)
@@ -256,9 +297,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     with (run / "metrics.jsonl").open("a") as stream:
         stream.write('{"epoch": 4, "st')  # a line cut short
     assert_trained("demo", settings)
-    assert status_of(run) == status_of(finished)
-    assert same_bits(teacher_of(run), teacher_of(finished))
-    assert without_speed(lines_of(run)) == without_speed(lines_of(finished))
+    assert_as(finished, run)
     assert [step for step, _ in curves_of(run)["map/noisy_teacher"]] == [8, 16, 24, 32, 40]
 
 
@@ -276,14 +315,6 @@ def test_a_killed_run_goes_on_with_another_number_of_ranks(tiny_shards: Path, fi
 IN_MID_EPOCH = [*TRIGGERED, "run.checkpoint_every=2 steps", "run.keep_checkpoints=99"]
 
 
-def kill_in_mid_epoch(settings: Sequence[str], run: Path, position: Position) -> None:
-    """As if the power had gone just after this checkpoint: what came later is not there."""
-    kill_after(settings, run, position)
-    for folder in (run / "checkpoints").iterdir():
-        if folder.name > str(position):
-            shutil.rmtree(folder)
-
-
 @pytest.mark.parametrize("position", [Position(1, 2), Position(3, 6)], ids=str)
 def test_a_run_killed_in_mid_epoch_goes_on_as_if_nothing_had_been(
     tiny_shards: Path, finished: Path, tmp_path: Path, position: Position
@@ -293,11 +324,9 @@ def test_a_run_killed_in_mid_epoch_goes_on_as_if_nothing_had_been(
     """
     run = tmp_path / "killed"
     settings = tiny_settings(tiny_shards, run, *IN_MID_EPOCH)
-    kill_in_mid_epoch(settings, run, position)
+    kill_after(settings, run, position)
     assert_trained("demo", settings)
-    assert status_of(run) == status_of(finished)
-    assert same_bits(teacher_of(run), teacher_of(finished))
-    assert without_speed(lines_of(run)) == without_speed(lines_of(finished))
+    assert_as(finished, run)
     assert timeless(curves_of(run)) == timeless(curves_of(finished))
     ends = {str(Position(epoch)) for epoch in range(1, EPOCHS + 1)}
     between = {str(Position(epoch, step)) for epoch in range(EPOCHS) for step in (2, 4, 6)}
@@ -311,7 +340,7 @@ def test_a_run_killed_in_mid_epoch_goes_on_with_another_number_of_ranks(
     """Every row is still read once in the epoch (the store's audit says so), and the epoch's means are of all steps."""
     run = tmp_path / "killed"
     settings = tiny_settings(tiny_shards, run, *IN_MID_EPOCH)
-    kill_in_mid_epoch(settings, run, Position(2, 4))
+    kill_after(settings, run, Position(2, 4))
     assert_trained("demo", settings, ranks=ranks)
     assert status_of(run) == status_of(finished)
     whole, resumed = lines_of(finished), lines_of(run)
@@ -333,7 +362,7 @@ def test_without_batchnorm_a_run_killed_in_mid_epoch_is_the_same_on_other_ranks(
     whole, run = tmp_path / "whole", tmp_path / "killed"
     assert_trained("demo", tiny_settings(tiny_shards, whole, *once))
     settings = tiny_settings(tiny_shards, run, *once, "run.checkpoint_every=2 steps", "run.keep_checkpoints=99")
-    kill_in_mid_epoch(settings, run, Position(1, 4))
+    kill_after(settings, run, Position(1, 4))
     assert_trained("demo", [*settings, "optim.accumulation=2"], ranks=1)
     for found, expected in zip(without_speed(lines_of(run)), without_speed(lines_of(whole))):
         assert found.pop("phase") == expected.pop("phase")
@@ -350,7 +379,7 @@ def test_assume_negative_keeps_no_rows_and_goes_on_in_mid_epoch_too(tiny_shards:
         str(Position(*place)) for place in [(0, 3), (0, 6), (1, 0), (1, 1), (1, 4), (1, 7), (2, 0)]
     }  # every third step of the run, and each epoch's end
     assert not list((whole / "checkpoints").glob("*/rows-*"))
-    kill_in_mid_epoch(tiny_settings(tiny_shards, run, *settings), run, Position(1, 1))
+    kill_after(tiny_settings(tiny_shards, run, *settings), run, Position(1, 1))
     assert_trained("demo", tiny_settings(tiny_shards, run, *settings))
     assert same_bits(teacher_of(run), teacher_of(whole))
     assert without_speed(lines_of(run)) == without_speed(lines_of(whole))
@@ -360,7 +389,7 @@ def test_assume_negative_keeps_no_rows_and_goes_on_in_mid_epoch_too(tiny_shards:
 def halfway(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed in mid-epoch, after its trigger."""
     run = tmp_path_factory.mktemp("halfway") / "run"
-    kill_in_mid_epoch(tiny_settings(tiny_shards, run, *IN_MID_EPOCH), run, Position(2, 4))
+    kill_after(tiny_settings(tiny_shards, run, *IN_MID_EPOCH), run, Position(2, 4))
     return run
 
 
@@ -776,7 +805,7 @@ def train_with_a_rewind(comm: Comm, settings: Sequence[str]) -> dict[str, Any]:
     folder = RunFolder(config, comm)
     trainer = build_trainer(config, comm=comm, device=torch.device("cpu"), checkpoints=folder.checkpoints)
     folder.claim()
-    trainer.tracker = folder.tracker(None)
+    trainer.tracker = folder.tracker(trainer.moment)
     trainer.detector = Scripted()  # type: ignore[assignment]
     trainer.start()
     trainer.run()

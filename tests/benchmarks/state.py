@@ -98,7 +98,7 @@ def _saves(repeats: int) -> Figures:
         ranks = run_ranks(world_size, save, SAVED_MEGABYTES, repeats, timeout=TIMEOUT)
         lines.append({"ranks": world_size} | {key: max(rank[key] for rank in ranks) for key in ranks[0]})
     _print_table(
-        f"a checkpoint of {SAVED_MEGABYTES} MB a rank, seconds",
+        f"a checkpoint, seconds: {SAVED_MEGABYTES} MB on rank 0, a third of it rows; every other rank has as many rows",
         "ranks|training waits|steps beside it take longer by|complete after",
         [(line["ranks"], *(f"{line[key]:.3f}" for key in ("stall", "extra", "write"))) for line in lines],
     )

@@ -4,6 +4,8 @@ measurements and carries on to sizes that no machine here has.
 
 from dataclasses import dataclass
 
+from adagc_dist.exchange import _ROUND_BYTES
+
 __all__ = [
     "EXCHANGES",
     "Assumed",
@@ -16,7 +18,6 @@ __all__ = [
 ]
 
 EXCHANGES = ("all_gather", "all_to_all")
-_ROUND_BYTES = 8 << 20  # of adagc_dist.exchange
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import tempfile
@@ -26,7 +27,8 @@ _STEP_SIZE = 512  # of the matrices of a step that does nothing but compute
 
 
 def save(comm: Comm, megabytes: int, repeats: int) -> dict[str, float]:
-    """Seconds of saves of ``megabytes`` per rank, medians: a third of it the store's rows, the rest in layers.
+    """Seconds of saves of ``megabytes`` on rank 0, medians: a third of it the store's rows, the rest in layers. Every
+    other rank has as many rows, and no layers.
 
     Returns:
         stall: training waits, before the first write.
@@ -35,7 +37,7 @@ def save(comm: Comm, megabytes: int, repeats: int) -> dict[str, float]:
     """
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.world_size))
     content = _content(comm, megabytes)
-    folder = Path(comm.broadcast_object(tempfile.mkdtemp(prefix="saves-")))
+    folder = Path(comm.broadcast_object(tempfile.mkdtemp(prefix="saves-") if comm.rank == 0 else ""))
     store = CheckpointStore(folder, comm=comm, keep=1)
     usual = statistics.median(_step() for _ in range(50))
     found: dict[str, list[float]] = {"stall": [], "extra": [], "write": []}
@@ -53,11 +55,14 @@ def save(comm: Comm, megabytes: int, repeats: int) -> dict[str, float]:
             found["stall"].append(stalled)
             found["extra"].append(max(0.0, sum(steps) - usual * len(steps)))
             found["write"].append(written)
+    comm.barrier()  # nobody writes there any more
+    if comm.rank == 0:
+        shutil.rmtree(folder)
     return {name: statistics.median(values) for name, values in found.items()}
 
 
 def _content(comm: Comm, megabytes: int) -> Content:
-    layer = 1 << 18  # float32: 1 MB
+    layer = 250_000  # float32: 1 MB
     layers = max(1, megabytes * 2 // 3)
     shared = {"student": {f"layer{number}": torch.rand(layer) for number in range(layers)}}
     count = megabytes * 1_000_000 // 3 // (4 * _CLASSES + 6)
@@ -89,6 +94,8 @@ def stop_seconds(number: signal.Signals, repeats: int) -> dict[str, float]:
             ranks = Ranks(2, _stopped, arguments, timeout=120.0)
             lines = run / "metrics.jsonl"
             while not lines.is_file() or not lines.read_text().endswith("\n"):
+                if not all(process.is_alive() for process in ranks.processes):
+                    ranks.join()  # tells of what they died
                 time.sleep(0.01)
             os.kill(ranks.processes[repeat % 2].pid or 0, number)
             start = time.perf_counter()

@@ -6,7 +6,6 @@ The commands run whole, in processes of their own as torchrun's ranks are.
 import io
 import re
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -15,13 +14,12 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-import launch.world
 from adagc_dist.trainer import Trainer
 from launch.cli import main
 from launch.data import Shards, make_plan
 from sharding.plan import EpochPlan
 from tests.ranks import Ranks
-from tests.test_training import after_epoch, lines_of, status_of, without_speed
+from tests.test_training import after_epoch, lines_of, prepare_rank, status_of, without_speed
 from tests.tiny import tiny_config, tiny_settings
 
 TWO_EPOCHS = ["optim.epochs=2", "detector.rule=fixed", "detector.min_epochs=1"]  # one of warm-up, one calibrated
@@ -47,9 +45,7 @@ class Told:
 
 def in_a_rank(commands: Sequence[Sequence[str]], hook: Callable[[], object] = lambda: None) -> list[Told]:
     """`adagc ...`, several times."""
-    launch.world.usable_cores = lambda: 1  # threads of ranks on few cores would only wait for one another
-    # a run holds it until its process ends
-    warnings.filterwarnings("ignore", r"unclosed file.*\.lock", ResourceWarning)
+    prepare_rank()
     hook()
     return [adagc(command) for command in commands]
 

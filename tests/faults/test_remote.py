@@ -191,7 +191,7 @@ def test_wrong_bytes_at_a_url_are_told_with_both_digests(tiny_shards: Path, tmp_
     assert [path.name for path in tmp_path.glob("cache/*/train-000001.tar")] == []
 
 
-def test_a_shard_that_cannot_be_fetched_can_be_skipped(tiny_shards: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_shard_that_cannot_be_fetched_can_be_skipped(tiny_shards: Path, tmp_path: Path) -> None:
     """All its rows, as with one that is missing in a folder."""
     folder = copy_with(remove, tiny_shards, tmp_path / "remote")
     with ShardServer(folder) as server:

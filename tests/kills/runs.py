@@ -13,11 +13,11 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adagc_dist.checkpoint import CheckpointStore, Position
-from adagc_dist.comm import SoloComm
+from adagc_dist.checkpoint import Position
 from adagc_dist.tracking import read_status
 from tests.kills.moments import AT_START, CLOCK, Kill, Shape, train_and_die
 from tests.ranks import Ranks
+from tests.test_training import checkpoints_of, newest
 from tests.tiny import tiny_settings
 
 __all__ = ["SHAPE", "Death", "KilledRuns", "Outcome", "differences", "outcome_of"]
@@ -90,7 +90,7 @@ class KilledRuns:
         for self._seed in range(_SEEDS):
             run = self._folder / f"undisturbed-{self._seed}"
             self._start(run, None).join()
-            moment = _newest(run).state()["moment"]
+            moment = newest(run).state()["moment"]
             assert (moment["trigger_epoch"], moment["calibrating"]) == (SHAPE.trigger, True), moment
             if moment["best_epoch"] is not None:
                 return run
@@ -180,16 +180,16 @@ class Outcome:
 
 
 def outcome_of(run: Path) -> Outcome:
-    newest = _newest(run)
-    newest.verify()
-    files = {name: newest.tensors(name) for name in ("student", "teacher", "optimizer")}
+    latest = newest(run)
+    latest.verify()
+    files = {name: latest.tensors(name) for name in ("student", "teacher", "optimizer")}
     files["trained teacher"] = load_file(run / "teacher.safetensors")
-    rows = newest.rows(0, 1)
+    rows = latest.rows(0, 1)
     assert rows is not None
     order = rows["rows"].argsort()
     files["store"] = {name: tensor[order] for name, tensor in rows.items()}
     tensors = {file: {name: _bits(tensor) for name, tensor in parts.items()} for file, parts in files.items()}
-    state = newest.state()
+    state = latest.state()
     lines = [_without_speed(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
     curves = _curves(run / "tensorboard")
     repeated = sum(len(points) - len({step for step, _ in points}) for points in curves.values())
@@ -222,15 +222,9 @@ def _first_difference(found: Sequence[Any], expected: Sequence[Any]) -> str:
     return f"{len(found)} entries instead of {len(expected)}" if pair is None else f"{pair[0]} instead of {pair[1]}"
 
 
-def _newest(run: Path) -> Any:
-    found = CheckpointStore(run / "checkpoints", comm=SoloComm(), keep=1).latest()
-    assert found is not None, f"{run} has no checkpoint"
-    return found
-
-
 def _position(run: Path) -> Position | None:
     """Where the same command would go on."""
-    found = CheckpointStore(run / "checkpoints", comm=SoloComm(), keep=1).latest()
+    found = checkpoints_of(run).latest()
     return None if found is None else found.position
 
 
