@@ -169,7 +169,7 @@ class CheckpointStore:
     def open(self) -> None:
         """Collective: the channel on which ranks agree about saves. Before training, for to meet takes the launcher."""
         if self._channel is None:
-            self._channel = self._comm.channel()
+            self._channel = self._comm.channel(patient=True)
 
     def save(self, position: Position, content: Content) -> None:
         """Collective: copy ``content`` to host memory and begin to write it; waits for the save before.

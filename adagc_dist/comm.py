@@ -48,9 +48,10 @@ class Comm(Protocol):
     def barrier(self) -> None:
         """Collective: returns when every rank has come."""
 
-    def channel(self) -> "Comm":
+    def channel(self, *, patient: bool = False) -> "Comm":
         """Collective: the same ranks on a channel of its own, for host memory. What runs there, perhaps in another
-        thread, does not get between the collectives of this one.
+        thread, does not get between the collectives of this one. ``patient``: ranks may keep each other waiting there
+        for as long as a disk takes.
         """
 
 
@@ -84,10 +85,15 @@ class Engine(Protocol):
         """The precision context for forward passes outside ``forward`` (teacher, clean student pass)."""
 
     def state(self) -> dict[str, Tensor]:
-        """The optimiser's state as flat named tensors."""
+        """Collective: the optimiser's whole state as flat named tensors, the same on every rank and from every engine:
+        ``parameter/exp_avg``, ``parameter/exp_avg_sq``, ``parameter/step``; empty before the first step. They may
+        change with the next step.
+        """
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set the optimiser's state, as ``state`` returned it."""
+        """Set the optimiser's state, as any engine's ``state`` returned it, on any number of ranks. The student's
+        weights are loaded before: an engine that keeps a copy of them takes it anew here.
+        """
 
 
 class PeerError(RuntimeError):
@@ -121,7 +127,7 @@ class SoloComm:
     def barrier(self) -> None:
         return None
 
-    def channel(self) -> Comm:
+    def channel(self, *, patient: bool = False) -> Comm:
         return self
 
 

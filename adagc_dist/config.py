@@ -48,7 +48,7 @@ class DataConfig:
     comparison and for sources that cannot seek (every rank reads all of each window)."""
     window_shards: int | None = None
     """Rows are permuted within windows of so many shuffled shards; 0 is one window over the whole split. null: the
-    whole split where shards are local, 16 where they are fetched or streamed."""
+    whole split where shards are local, 16 where they are fetched, staged or streamed."""
     check_digests: bool = True
     """Compare every member that is read whole with the digest it was written with."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -56,11 +56,14 @@ class DataConfig:
     averages, counted and reported, and nothing else shifts."""
     max_bad_fraction: float = 0.001
     """With on_error=skip: more rows than this share of the split in an epoch, and the run stops."""
+    stage: bool = False
+    """Shards on a shared file system are copied to the node's own disk (data.cache), this window and the next, in the
+    background; what is not there is read where it lies. Remote shards are in any case."""
     cache: str = ""
-    """Node-local folder in which remote shards are kept; ~ and $NAMES are expanded. Empty: adagc-cache in the system's
-    temporary folder."""
+    """Node-local folder in which remote and staged shards are kept; ~ and $NAMES are expanded. Empty: adagc-cache in
+    the system's temporary folder."""
     cache_gb: float = 0.0
-    """Limit of each remote shard folder in the cache, in 10^9 bytes; the least recently used go. 0 is no limit."""
+    """Limit of each shard folder in the cache, in 10^9 bytes; the least recently used go. 0 is no limit."""
     augment: bool = True
     """Train on a random one of the eight symmetries of the square, drawn per patch and epoch."""
 
@@ -70,6 +73,10 @@ class DataConfig:
         _check(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1")
         _check(self.window_shards is None or self.window_shards >= 0, "data.window_shards must be null, 0 or more")
         _check(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
+        _check(
+            not (self.stage and self.reader == "webdataset"),
+            "data.stage=true needs data.reader=indexed: webdataset streams shards from where they lie",
+        )
         _check(self.cache_gb >= 0, f"data.cache_gb={self.cache_gb} must not be negative")
 
 
@@ -187,8 +194,14 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    name: Literal["ddp"] = "ddp"
-    """ddp: DistributedDataParallel, gloo on CPU and NCCL on GPU."""
+    name: Literal["ddp", "deepspeed"] = "ddp"
+    """ddp: DistributedDataParallel; deepspeed: DeepSpeed with ZeRO. Both use gloo on CPU and NCCL on GPU, write the
+    same checkpoints and go on from each other's."""
+    zero_stage: int = 1
+    """What DeepSpeed shards over the ranks: 0 nothing, 1 the optimiser's state, 2 gradients too."""
+    deepspeed_json: str | None = None
+    """A DeepSpeed configuration whose settings join those that follow from the recipe; what the recipe states itself is
+    refused there."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU per rank where there is one."""
     row_exchange: Literal["all_gather", "all_to_all"] = "all_gather"
@@ -198,6 +211,17 @@ class EngineConfig:
     """local: a rank normalises by its own slot, running statistics are averaged over ranks; sync: by the whole step
     (exact, slower).
     """
+    timeout_minutes: float = 10.0
+    """How long a rank waits for the others in a collective before it ends, naming what it waited in."""
+
+    def __post_init__(self) -> None:
+        _check(self.timeout_minutes > 0, f"engine.timeout_minutes={self.timeout_minutes} must be positive")
+        _check(
+            self.zero_stage != 3,
+            "engine.zero_stage=3 is not supported: the teacher averages and runs all weights at every step, and ZeRO 3 "
+            "leaves each rank a part of them. Set engine.zero_stage=2, which shards optimiser and gradients",
+        )
+        _check(self.zero_stage in (0, 1, 2), f"engine.zero_stage={self.zero_stage} must be 0, 1 or 2")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """A configuration becomes the parts of a run: the one place where they meet."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from numpy import bool_
@@ -10,7 +11,7 @@ from torch import nn
 
 from adagc_dist.agreement import Agreement, NoRequests, Requests
 from adagc_dist.checkpoint import CheckpointStore
-from adagc_dist.comm import Comm, first_error_everywhere
+from adagc_dist.comm import Comm, Engine, first_error_everywhere
 from adagc_dist.config import Config
 from adagc_dist.detector import EarlyLearningDetector
 from adagc_dist.feed import Feed
@@ -22,7 +23,9 @@ from adagc_dist.teacher import EmaTeacher, momentum_for_lag
 from adagc_dist.trainer import Trainer
 from adagc_dist.validate import Validator
 from launch.data import Shards, make_plan
-from launch.engines import DdpEngine
+from launch.engines.ddp import DdpEngine
+from launch.engines.deepspeed_engine import DeepSpeedEngine, check_settings
+from launch.engines.deepspeed_settings import deepspeed_settings
 from sharding.manifest import LabelTable
 
 __all__ = ["build_trainer", "make_scorer"]
@@ -72,14 +75,14 @@ def build_trainer(
         FileNotFoundError, ValueError: the shards, the labels, the model or the batch do not fit; the message names the
             key.
     """
-    with first_error_everywhere(comm):  # before the first collective: DDP's constructor is one
+    with first_error_everywhere(comm):  # before the first collective: an engine's constructor is one
         parts = _load(config)
+        make_engine = _engine(config, parts.shards, comm, device)
     _check_one_manifest(parts.shards, comm)
     shards, train, validation = parts.shards, parts.train, parts.validation
     checkpoints.open()
     plan = lru_cache(maxsize=2)(lambda epoch: make_plan(shards, comm.world_size, epoch))
-    example = torch.zeros(2, len(shards.bands), shards.size, shards.size)
-    engine = DdpEngine(parts.student, config, comm=comm, device=device, example=example)
+    engine = make_engine(parts.student, config, comm=comm, device=device)
     teacher = EmaTeacher(engine.student, momentum=_teacher_momentum(config, plan(0).num_steps))
     pixels = shards.pixels(device)
     scorer = make_scorer(shards, validation, pixels, comm=comm, device=device)
@@ -109,6 +112,15 @@ def build_trainer(
         data=shards.identity(),
         order=shards.order(),
     )  # fmt: skip
+
+
+def _engine(config: Config, shards: Shards, comm: Comm, device: torch.device) -> Callable[..., Engine]:
+    """The engine's constructor; what can be wrong with its settings has been looked at."""
+    if config.engine.name == "ddp":
+        return partial(DdpEngine, example=torch.zeros(2, len(shards.bands), shards.size, shards.size))
+    settings = deepspeed_settings(config, comm.world_size)
+    check_settings(settings, device, config.engine.deepspeed_json)
+    return partial(DeepSpeedEngine, settings=settings)
 
 
 def _check_one_manifest(shards: Shards, comm: Comm) -> None:

@@ -14,6 +14,11 @@ _COMMANDS = {
     "shard": ("sharding.convert", "shard", "convert reBEN, HDF5 or image folders to WebDataset shards with a manifest"),
     "index": ("sharding.check", "index", "make tars of others trainable: their manifest"),
     "verify": ("sharding.check", "verify", "compare tars with their manifest, name every fault"),
+    "doctor": (
+        "launch.doctor.command",
+        "main",
+        "is this machine fit for a run? GPUs, network, software, disks, shards",
+    ),
     "train": ("launch.train", "main", "train AdaGC or a baseline, on one rank or many"),
     "recover": ("launch.recover", "main", "the labels recovered so far, from a run that may still be training"),
     "evaluate": ("launch.evaluate", "main", "exact metrics of trained runs, as a table and as metrics.json"),

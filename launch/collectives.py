@@ -13,7 +13,7 @@ __all__ = ["TorchComm"]
 
 T = TypeVar("T")
 
-_CHANNEL_TIMEOUT = timedelta(hours=1)  # for slow disks; a peer that dies is noticed at once, by its sockets
+_PATIENCE = timedelta(hours=1)  # a peer that dies is noticed at once, by its sockets
 
 
 class TorchComm:
@@ -22,10 +22,17 @@ class TorchComm:
     Args:
         device: of the group's backend: the CPU for gloo, a GPU for NCCL.
         group: all ranks; None is torch.distributed's default group.
+        timeout: of the group, and of channels beside it.
     """
 
-    def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
-        self._device, self._group = device, group
+    def __init__(
+        self,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+        *,
+        timeout: timedelta = timedelta(minutes=10),
+    ) -> None:
+        self._device, self._group, self._timeout = device, group, timeout
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 
@@ -73,10 +80,11 @@ class TorchComm:
     def barrier(self) -> None:
         dist.barrier(group=self._group)
 
-    def channel(self) -> "TorchComm":
+    def channel(self, *, patient: bool = False) -> "TorchComm":
         self.barrier()  # a peer that has gone is missed here at once; on the way to a group, after its timeout
-        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_CHANNEL_TIMEOUT))
-        return TorchComm(torch.device("cpu"), group)
+        timeout = max(_PATIENCE, self._timeout) if patient else self._timeout
+        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+        return TorchComm(torch.device("cpu"), group, timeout=timeout)
 
     def _bytes(self, tensor: Tensor) -> Tensor:
         """As bytes: nothing is computed, and gloo knows fewer types than torch (no int16, no bool)."""

@@ -20,9 +20,9 @@ from sharding.manifest import LabelTable, Manifest, load_manifest, load_table
 from sharding.plan import EpochPlan, evaluation_staging, plan_epoch
 from sharding.reader import BandGroup, PatchReader, select_bands
 
-__all__ = ["Shards", "make_plan"]
+__all__ = ["Shards", "cache_root", "make_plan"]
 
-_STREAMED_WINDOW = 16  # shards; with the next window 32 are kept at hand, 5 GB of reBEN's
+_STREAMED_WINDOW = 16  # shards, of those staged, too; with the next window 32 are kept at hand, 5 GB of reBEN's
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class Shards:
 
     @property
     def window_shards(self) -> int:
-        """``data.window_shards``, where it is null by where the shards are."""
+        """``data.window_shards``, where it is null by where the shards are: by the configuration, not by what a node
+        has at hand, for the order of an epoch follows from it.
+        """
         named = self.config.data.window_shards
         if named is not None:
             return named
@@ -144,17 +146,28 @@ def _located(config: Config) -> tuple[Manifest, ShardFiles]:
     if "://" not in location:
         manifest = load_manifest(location)
         if "://" not in manifest.origin:
-            return manifest, LocalFiles(manifest.tars)
+            return manifest, _staged(config, manifest) if config.data.stage else LocalFiles(manifest.tars)
     from sharding.cache import ShardCache, cache_folder, mirror_manifest  # fsspec, for those who fetch
 
-    cache = _cache_root(config)
+    cache = cache_root(config)
     if "://" in location:
         manifest = load_manifest(mirror_manifest(location, cache))
     origin = manifest.origin or location
     return manifest, ShardCache(origin, cache_folder(origin, cache), limit_bytes=int(config.data.cache_gb * 1e9))
 
 
-def _cache_root(config: Config) -> Path:
+def _staged(config: Config, manifest: Manifest) -> ShardFiles:
+    from sharding.staged import StagedFiles  # fsspec comes along
+
+    if not all(shard.digest for shard in manifest.shards):
+        raise ValueError(
+            f"data.stage=true: the manifest {manifest.root} has no digests to check copies by. Make it again with "
+            "`adagc index --digests`, or set data.stage=false"
+        )
+    return StagedFiles.through(manifest.tars, cache_root(config), int(config.data.cache_gb * 1e9))
+
+
+def cache_root(config: Config) -> Path:
     """``data.cache``; by default in the system's temporary folder, where a node has its fast disk. A user's own, by
     number: containers have users without a name.
     """

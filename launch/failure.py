@@ -9,13 +9,15 @@ from typing import NoReturn
 
 from adagc_dist.comm import PeerError
 
-__all__ = ["exit_code", "is_lost_peer", "leave"]
+__all__ = ["EXIT_LOST_PEER", "exit_code", "is_lost_peer", "leave"]
 
+EXIT_LOST_PEER = 69  # EX_UNAVAILABLE of sysexits.h: the cause is another rank's
 _LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's, as plain errors
+_IN_VAIN = ("Timed out waiting", "Timed out after")  # gloo's and its store's
 
 
 def exit_code(command: str, work: Callable[[], None]) -> int:
-    """Run ``work``; 0, or 1 after printing why it failed.
+    """Run ``work``; 0, 1 after printing why it failed, or 69 if another rank did.
 
     What several ranks find is told once: ``first_error_everywhere`` lets the lowest of them raise it, and the others
     follow in silence.
@@ -28,11 +30,13 @@ def exit_code(command: str, work: Callable[[], None]) -> int:
         print(f"{command}: {where}{error}", file=sys.stderr)
         return 1
     except PeerError:  # told by the rank it happened on
-        return 1
+        return EXIT_LOST_PEER
     except RuntimeError as error:
-        if is_lost_peer(error):
-            return 1
-        raise
+        if not is_lost_peer(error):
+            raise
+        if any(sign in str(error) for sign in _IN_VAIN):
+            print(f"{command}: rank {rank} waited in vain for another rank ({error})", file=sys.stderr)
+        return EXIT_LOST_PEER
     except KeyboardInterrupt:
         return 130
     return 0
@@ -55,5 +59,5 @@ def is_lost_peer(error: BaseException) -> bool:
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_CONNECTION)
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in (*_LOST_CONNECTION, *_IN_VAIN))
     )

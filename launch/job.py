@@ -1,85 +1,177 @@
-"""The process that starts ranks and outlives them: it takes the signals, and tells the shell how the run ended.
+"""`python -m launch.job train RECIPE ...`: what a batch script of Slurm execs. It outlives the ranks of all nodes.
 
-The first SIGTERM, SIGINT or SIGUSR1 becomes the file STOP in the run's folder, which every rank sees; the ranks save
-and end by themselves. A second one ends them as their launcher does.
+It looks the nodes over, starts torchrun's launcher on each, turns Slurm's signal into the file STOP, waits, says who
+failed, and puts the job back into the queue if it is to go on. Without Slurm it is `adagc train` on this machine.
 """
 
-import signal
-import threading
+import argparse
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from adagc_dist.tracking import read_status, write_text
-from launch.stop import ECHO_SECONDS, STOP_FILE, say
+from adagc_dist.checkpoint import CheckpointStore
+from adagc_dist.comm import SoloComm
+from adagc_dist.config import Config
+from adagc_dist.tracking import read_status
+from launch.postmortem import explain
+from launch.preflight import preflight
+from launch.requeue import End, Limits, Start, StartLog, Verdict, decide
+from launch.rundir import LOGS, check_unused, mark_failed
+from launch.slurm import Allocation, JobControl, SlurmError
+from launch.steps import Steps
+from launch.supervise import EXIT_STOPPED, supervise
 
-__all__ = ["EXIT_STOPPED", "supervise"]
+__all__ = ["TrainingJob", "main"]
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, and to be continued by the same command
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_PREEMPTED = 128 + 15  # Slurm tells the steps only, of which one that is not in training yet just ends
+
+_EPILOG = """\
+In a batch script, with one task a node (--ntasks-per-node=1):
+  exec python -m launch.job train reben_random data.shards=/data/reben-shards run.dir=runs/first
+
+Exit codes: 0 finished, 1 failed, 2 wrong usage, 75 stopped and saved, to be continued by submitting it again.
+RUN/logs holds what every rank said, and starts.jsonl: a line for each start and end.
+"""
 
 
-class _Interrupted(BaseException):
-    """A signal that is not to be waited out."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job that the environment describes; returns its exit code."""
+    arguments = _parser().parse_intermixed_args(argv)
+    if "SLURM_JOB_ID" not in os.environ:
+        from launch.train import main as train_here
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+        option = ["--nproc-per-node", str(arguments.nproc_per_node)] if arguments.nproc_per_node else []
+        return train_here([arguments.recipe, *arguments.overrides, *option])
+    from launch.failure import exit_code
+    from launch.recipe import load_config
+    from launch.train import check
 
-
-def supervise(run: Path, ranks: Callable[[], int]) -> int:
-    """Wait for ``ranks()``, which starts them and returns their exit code.
-
-    Returns:
-        0 finished, 75 stopped (the same command continues), 1 failed, 128 and the signal's number if it was ended by
-        one and is not saved.
-    """
     try:
-        with _stop_file_on_signal(run):
-            code = ranks()
-    except _Interrupted as interrupted:
-        code = 128 + interrupted.number
-    # a signal that came before training leaves an earlier stop as it was, or ranks that stop at their first step
-    if (code == 0 or code > 128) and _state(run) == "stopped":
-        return EXIT_STOPPED
-    return code
+        config = load_config(arguments.recipe, arguments.overrides)
+        allocation = Allocation.from_env(os.environ, JobControl.hosts(os.environ["SLURM_JOB_NODELIST"]))
+    except (ValueError, SlurmError) as error:
+        print(f"launch.job: {error}", file=sys.stderr)
+        return 2
+    ranks: int = arguments.nproc_per_node or allocation.gpus or 1
+    steps = Steps(allocation, ranks, config.data.workers, arguments.join_seconds)
+    job = TrainingJob(config, steps, arguments)
+
+    def ready() -> None:
+        check_unused(config)
+        check(config, ranks * len(allocation.hosts))
+
+    return exit_code("launch.job", ready) or job.run()
 
 
-@contextmanager
-def _stop_file_on_signal(run: Path) -> Iterator[None]:
-    """Handlers for the signals; a STOP that they made and nobody removed is removed at the end."""
-    asked_at: float | None = None
-    ending = False
+class TrainingJob:
+    """One start of a training job on all nodes of its allocation."""
 
-    def hear(number: int, frame: object) -> None:
-        nonlocal asked_at, ending
-        now = time.monotonic()
-        # the same request by another way; or the launcher is ending the ranks, by force if it must: not to be disturbed
-        if ending or (asked_at is not None and now - asked_at <= ECHO_SECONDS):
-            return
-        if asked_at is None and _state(run) == "running":  # else there is nothing to be saved
-            with suppress(OSError):  # a disk that takes no file
-                write_text(run / STOP_FILE, signal.Signals(number).name)
-                asked_at = now
-                say(f"{signal.Signals(number).name}: saving and stopping. Once more ends it at once")
-                return
-        ending = True
-        raise _Interrupted(number)
+    def __init__(self, config: Config, steps: Steps, arguments: argparse.Namespace) -> None:
+        self._config, self._steps, self._arguments = config, steps, arguments
+        self._allocation, self._run = steps.allocation, config.run_path
+        self._logs = self._run / LOGS / self._allocation.start
+        self._control = JobControl(self._allocation.job)
+        self._starts = StartLog(self._run)
+        self._unfit = ""  # what the preflight has against a start
 
-    if threading.current_thread() is not threading.main_thread():  # signals are somebody else's
-        yield
-        return
-    before = {number: signal.signal(number, hear) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not Python's
-        if asked_at is not None:
-            with suppress(OSError):
-                (run / STOP_FILE).unlink()
+    def run(self) -> int:
+        """From the preflight to the verdict; returns the exit code."""
+        self._logs.mkdir(parents=True, exist_ok=True)
+        found = self._reached()
+        allocation = self._allocation
+        start = Start(allocation.job, allocation.restarts, found, allocation.hosts, time.time())
+        self._starts.begin(start)
+        self._tell(
+            f"start {allocation.start} on {', '.join(allocation.hosts)}, {self._steps.ranks} rank(s) each, "
+            + ("from the beginning" if found is None else f"from epoch {found[0]} step {found[1]}")
+        )
+        before = _changed(self._run / "status.json")
+        code = supervise(self._run, self._train)
+        trained = _changed(self._run / "status.json") != before
+        if trained and code not in (0, EXIT_STOPPED):
+            mark_failed(self._run)
+        if code == 1:
+            _say(self._unfit or explain(self._logs, allocation.hosts))
+            if not trained and self._control.preempted():
+                code = _PREEMPTED
+        reached = self._reached()
+        verdict = self._decide(End(code, read_status(self._run) if trained else {}, moved=reached != found), reached)
+        self._starts.end(start, verdict, reached)
+        self._tell(verdict.why)
+        if verdict.requeue:
+            self._requeue()
+        return verdict.code
+
+    def _train(self) -> int:
+        """The preflight and the ranks; returns an exit code as supervise wants it."""
+        words = [self._arguments.recipe, *self._arguments.overrides]
+        if self._arguments.preflight == "yes":
+            self._unfit = preflight(self._steps, self._config, words, self._logs)
+        if self._unfit:
+            return 1
+        code = self._steps.run_ranks("launch.train", words, name=self._allocation.start, logs=self._logs)
+        return 1 if code else 0
+
+    def _decide(self, end: End, reached: list[int] | None) -> Verdict:
+        idle = 0 if end.moved else self._starts.idle(self._allocation.job, reached)
+        limits = Limits(self._arguments.max_restarts, self._arguments.max_idle)
+        verdict = decide(end, restarts=self._allocation.restarts, idle=idle, limits=limits)
+        if not verdict.requeue or (state := self._control.state()) == "RUNNING":
+            return verdict
+        why = f"{verdict.why.partition('; ')[0]}; left to Slurm, for which the job is {state} by now"
+        return replace(verdict, requeue=False, why=why)
+
+    def _requeue(self) -> None:
+        """Slurm ends this process for it."""
+        try:
+            self._control.requeue()
+        except SlurmError as error:
+            self._tell(f"it could not be requeued ({error}): submit it again to go on")
+
+    def _reached(self) -> list[int] | None:
+        """[epoch, step] of the newest complete checkpoint."""
+        newest = CheckpointStore(self._run / "checkpoints", comm=SoloComm(), keep=1).latest()
+        return None if newest is None else [newest.position.epoch, newest.position.step]
+
+    def _tell(self, text: str) -> None:
+        _say(text)
+        self._control.comment(f"adagc: {text.splitlines()[0]}"[:200])
 
 
-def _state(run: Path) -> object:
-    """Of the run, as its status tells; None where there is none."""
-    return read_status(run).get("state")
+def _changed(file: Path) -> int:
+    """When it was written; 0 where there is none."""
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} launch.job: {text}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.job",
+        description="Run a training as a job: under Slurm on all nodes of the allocation, else on this machine.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("kind", choices=["train"], help="what the job does")
+    parser.add_argument("recipe", help="as in `adagc train`")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as in `adagc train`")
+    parser.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks a node (default: its GPUs, else 1)")
+    parser.add_argument("--max-restarts", type=int, default=20, metavar="N", help="requeue at most so often (20)")
+    text = "do not requeue after so many starts in a row without a newer checkpoint (3)"
+    parser.add_argument("--max-idle", type=int, default=3, metavar="N", help=text)
+    text = "look the nodes over before the ranks start (default yes)"
+    parser.add_argument("--preflight", choices=["yes", "no"], default="yes", help=text)
+    text = "how long the nodes wait for each other at the start (300)"
+    parser.add_argument("--join-seconds", type=int, default=300, metavar="S", help=text)
+    return parser
+
+
+if __name__ == "__main__":
+    from launch.failure import leave
+
+    leave(main())

@@ -7,7 +7,7 @@ log.txt            what the terminal showed
 metrics.jsonl      a line per epoch
 metrics.json       written by `adagc evaluate`
 teacher.safetensors   the trained model, with classes, bands and statistics as metadata
-checkpoints/  tensorboard/
+checkpoints/  tensorboard/  logs/ (of Slurm jobs: every rank's output, and starts.jsonl)
 """
 
 import fcntl
@@ -41,11 +41,12 @@ from launch.failure import is_lost_peer
 from launch.recipe import dump_config, flatten, load_config
 from launch.stop import STOP_FILE
 
-__all__ = ["TEACHER", "RunFolder", "check_unused", "mark_failed"]
+__all__ = ["LOGS", "TEACHER", "RunFolder", "check_unused", "mark_failed"]
 
 log = logging.getLogger(__name__)
 
 TEACHER = "teacher.safetensors"
+LOGS = "logs"
 _LOCK = ".lock"
 _MAY_CHANGE = (
     "data.shards",
@@ -57,12 +58,16 @@ _MAY_CHANGE = (
     "data.max_bad_fraction",
     "data.cache",
     "data.cache_gb",
+    "data.stage",
     "optim.epochs",
     "optim.accumulation",
     "data.window_shards",
     "engine.name",
+    "engine.zero_stage",
+    "engine.deepspeed_json",
     "engine.device",
     "engine.row_exchange",
+    "engine.timeout_minutes",
 )
 
 
@@ -177,12 +182,14 @@ class RunFolder:
 
     def _failed(self, trainer: Trainer, error: Exception) -> None:
         """Write the failed run's status: by the rank that knows the cause; by rank 0, where no other does in time."""
-        reason = f"{type(error).__name__}: {error}"
+        reason, cause = f"{type(error).__name__}: {error}", "error"
         if isinstance(error, PeerError) or is_lost_peer(error):
             if self._comm.rank != 0 or self._told_by_another():
                 return
             reason = f"rank 0 lost another rank, whose output has the cause ({reason.splitlines()[0]})"
-        status = {"state": "failed", "step": trainer.moment.step, "rank": self._comm.rank, "reason": reason}
+            cause = "lost"
+        moment, rank = trainer.moment, self._comm.rank
+        status = {"state": "failed", "step": moment.step, "rank": rank, "cause": cause, "reason": reason}
         with suppress(OSError):  # a full disk may be what failed
             write_json(self._path / "status.json", status)
 
@@ -297,12 +304,12 @@ def mark_failed(run: Path) -> None:
         status = read_status(run)
         if status.get("state") == "running":
             reason = "a rank failed; see the terminal's output"
-            write_json(run / "status.json", status | {"state": "failed", "reason": reason})
+            write_json(run / "status.json", status | {"state": "failed", "cause": "lost", "reason": reason})
 
 
 def _is_beginning(path: Path) -> bool:
-    """What a run leaves that was killed before it had a config.yaml."""
-    return path.name == _LOCK or (path.name.startswith(".") and path.name.endswith(".partial"))
+    """What a run leaves that was killed before it had a config.yaml, and what a job writes before its ranks start."""
+    return path.name in (_LOCK, LOGS) or (path.name.startswith(".") and path.name.endswith(".partial"))
 
 
 def _locked(path: Path, name: str) -> IO[str]:

@@ -30,6 +30,7 @@ _SIGNALS: dict[int, StopReason] = {
 }
 _LOOK_SECONDS = 0.5
 _LAST_WORDS_SECONDS = 3
+_SHOW_SECONDS = 20.0  # torchrun kills ranks 30 s after it has told them to end because another failed
 
 
 class StopWatcher:
@@ -62,7 +63,7 @@ class StopWatcher:
         self._stop_at = 0.0  # when _stop was set
         self._told_at: float | None = None  # when somebody asked this process, by signal or by file; a clock is nobody
         self._handlers: dict[int, Any] = {}  # those before ours
-        self._watching = True
+        self._watching, self._shown = True, False
         self._thread = threading.Thread(target=self._watch, name="stop watcher", daemon=True)
 
     def look_for(self, file: Path) -> None:
@@ -128,8 +129,17 @@ class StopWatcher:
                     self._on_signal(number)
             if self._stop is None:
                 self._look_around()
-            elif time.monotonic() - self._stop_at > self._grace:
-                _end(f"the stop ({self._stop.value}) did not come to an end within {self._grace:g} s")
+            else:
+                self._look_at_the_clock()
+
+    def _look_at_the_clock(self) -> None:
+        assert self._stop is not None
+        seconds = time.monotonic() - self._stop_at
+        if seconds > self._grace:
+            _end(f"the stop ({self._stop.value}) did not come to an end within {self._grace:g} s")
+        if seconds > _SHOW_SECONDS and not self._shown and self._told_at is not None:
+            self._shown = True
+            say(f"not stopped yet, after {_SHOW_SECONDS:g} s. It is here:\n{_where()}")
 
     def _on_signal(self, number: int) -> None:
         reason = _SIGNALS.get(number)
@@ -172,12 +182,19 @@ def _end(why: str) -> NoReturn:
     """Without an orderly end of anything: what hangs, hangs. Says where."""
     signal.alarm(_LAST_WORDS_SECONDS)  # ends us where nobody takes our words, as in `adagc train ... 2>&1 | less`
     try:
-        trace = os.memfd_create("trace")  # said in one piece: other ranks may be talking as well
-        faulthandler.dump_traceback(file=trace, all_threads=True)
-        where = os.pread(trace, 1 << 16, 0).decode()
-        say(f"{why}: ending now, the newest complete checkpoint counts. It was here:\n{where}")
+        say(f"{why}: ending now, the newest complete checkpoint counts. It was here:\n{_where()}")
     finally:
         os._exit(1)
+
+
+def _where() -> str:
+    """The stacks of all threads; to be said in one piece, for other ranks may be talking as well."""
+    trace = os.memfd_create("trace")
+    try:
+        faulthandler.dump_traceback(file=trace, all_threads=True)
+        return os.pread(trace, 1 << 16, 0).decode()
+    finally:
+        os.close(trace)
 
 
 def _heard(number: int, frame: object) -> None:

@@ -12,8 +12,8 @@ from adagc_dist.agreement import Stopped
 from adagc_dist.comm import first_error_everywhere
 from adagc_dist.config import Config
 from launch.arguments import add_ranks
-from launch.job import EXIT_STOPPED, supervise
 from launch.stop import StopWatcher
+from launch.supervise import EXIT_STOPPED, supervise
 from launch.world import World, world_context
 
 __all__ = ["main", "train"]
@@ -91,7 +91,8 @@ def train(config: Config) -> None:
     world = World.from_env(os.environ)
     device = world.device(config.engine.device)
     stopped: Stopped | None = None
-    with _watcher(config, world) as watcher, world_context(world, device) as comm:
+    timeout = config.engine.timeout_minutes
+    with _watcher(config, world) as watcher, world_context(world, device, timeout_minutes=timeout) as comm:
         from launch.build import build_trainer  # after the watcher, for they take seconds to import
         from launch.rundir import RunFolder
 

@@ -76,9 +76,12 @@ def usable_cores() -> int:
 
 
 @contextmanager
-def world_context(world: World, device: torch.device) -> Iterator[Comm]:
+def world_context(world: World, device: torch.device, *, timeout_minutes: float = 10.0) -> Iterator[Comm]:
     """The process group of ``world`` (gloo on CPU, NCCL on GPU) for the time of the context, and threads that share the
     cores.
+
+    Args:
+        timeout_minutes: after which a collective that another rank does not join is an error.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each group of gloo is a socket to every other rank
@@ -90,13 +93,14 @@ def world_context(world: World, device: torch.device) -> Iterator[Comm]:
     if world.world_size == 1:
         yield SoloComm()
         return
+    timeout = timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
         rank=world.rank,
         world_size=world.world_size,
-        timeout=timedelta(minutes=10),
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,  # else barriers may pick another GPU and hang
     )
-    yield TorchComm(device)
+    yield TorchComm(device, timeout=timeout)
     dist.destroy_process_group()  # not after an error: with NCCL it would wait for peers that are stuck in a collective

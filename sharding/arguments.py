@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["add_workers", "guarded", "make_parser", "positive", "target"]
+__all__ = ["add_workers", "guarded", "make_parser", "part", "positive", "target"]
 
 
 def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -29,6 +29,14 @@ def _count(text: str) -> int:
 def positive(text: str) -> int:
     """A type of arguments: a whole number of at least 1."""
     return _whole(text, least=1)
+
+
+def part(text: str) -> tuple[int, int]:
+    """A type of arguments: ``I/N``, part I of N, from 0 on."""
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part: I/N, with I from 0 to N-1, e.g. 0/16 to 15/16")
+    return int(first), int(count)
 
 
 def target(text: str) -> Path:

@@ -5,6 +5,8 @@ The folder is a mirror: once every shard has been fetched it is an ordinary shar
     .fetch/NAME.lock                held while NAME is fetched; says "digest HEX" once NAME was checked, or "failed WHY"
     .fetch/NAME.PID.RANDOM.partial  a shard on its way, at its full size from the start, so that space is reserved
     .fetch/space.lock               held while space is counted, freed and reserved
+    .fetch/RANK.wanted              what a rank reads now and next; held by its processes while they live
+    .fetch/copier.lock              held by the one process that copies, where shards are copied and not fetched
 
 Locks are flocks: the kernel drops those of a dead process, so a partial file whose lock is free is nobody's.
 """
@@ -12,17 +14,20 @@ Locks are flocks: the kernel drops those of a dead process, so a partial file wh
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import secrets
 import shutil
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Protocol
 from urllib.parse import quote
 
 import xxhash
@@ -31,10 +36,24 @@ from sharding.manifest import MANIFEST_JSON, MANIFEST_PARQUET, Shard, file_diges
 from sharding.partial import replace_durably
 from sharding.remote import FetchError, Remote, is_url
 
-__all__ = ["FetchError", "ShardCache", "cache_folder", "is_url", "mirror_manifest"]
+__all__ = ["FetchError", "ShardCache", "Source", "cache_folder", "is_url", "mirror_manifest"]
+
+log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TOUCH_SECONDS = 60.0  # eviction goes by age in minutes; a system call per open more often than this tells it nothing
+
+
+class Source(Protocol):
+    """Where whole shards come from, other than by fsspec."""
+
+    def copy(self, name: str, size: int, stream: BinaryIO) -> str:
+        """All ``size`` bytes of the file ``name`` into ``stream``; returns their digest (xxh3-128, hex).
+
+        Raises:
+            FetchError: they cannot be read, or there are not so many.
+            OSError: they cannot be written.
+        """
 
 
 class _NoRoomError(OSError):
@@ -53,13 +72,15 @@ class ShardCache:
     """The shards below a URL as local files. Picklable; usable after fork and after spawn.
 
     Attributes:
-        origin: URL of the folder of the tars, e.g. "http://host/reben".
+        origin: URL of the folder of the tars, e.g. "http://host/reben"; or a path, where there is a ``source``.
         folder: node-local folder for this origin alone; mirrors the names below it.
         limit_bytes: of all tars in the folder, those on their way included; 0: no limit.
         attempts: per block and per error that may pass.
         first_wait: seconds before the second attempt; doubled from attempt to attempt, with jitter.
         timeout: seconds for one block (for all of a shard, where the server ignores ranges).
         block_bytes: what a dropped connection costs.
+        source: copies the shards of a folder that can be read directly as well (``sharding.staged``): then one process
+            at a time stages, and the first failure of staging is logged, as there is no ``path`` to raise it.
     """
 
     origin: str
@@ -69,6 +90,8 @@ class ShardCache:
     first_wait: float = 0.5
     timeout: float = 60.0
     block_bytes: int = 8 << 20
+    source: Source | None = None
+    _rank: str = field(default_factory=lambda: secrets.token_hex(8), repr=False, compare=False)
     _stager: "_Stager | None" = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, object]:
@@ -104,11 +127,37 @@ class ShardCache:
             with suppress(FileNotFoundError):  # evicted since: the cache is smaller than what is in use
                 return os.open(self.path(shard), os.O_RDONLY | os.O_CLOEXEC)
 
+    def find(self, shard: Shard) -> int | None:
+        """A descriptor as ``open`` gives it, or None where the shard is not here, whole and checked; never waits."""
+        if not self._trusted(shard):
+            return None
+        self._touch(shard)
+        try:
+            return os.open(self._local(shard.name), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # evicted since, or another user's
+            return None
+
+    def outdated(self, shard: Shard, file: int) -> bool:
+        """Evicted: the bytes are freed, and the limit is kept, once the last descriptor is closed."""
+        return os.fstat(file).st_nlink == 0
+
+    def distrust(self, shard: Shard, file: int) -> bool:
+        """It was checked when it came, so it is the disk here that fails, or the index: not to be hidden."""
+        return False
+
+    def discard(self, shard: Shard, file: int) -> None:
+        """Remove the copy behind this descriptor, if it is still that one."""
+        with suppress(OSError), _locked(self._state(shard.name, ".lock"), wait=False) as lock:
+            if lock is not None and self._local(shard.name).stat().st_ino == os.fstat(file).st_ino:
+                _overwrite(lock, "")
+                self._local(shard.name).unlink()
+
     def stage(self, shards: Sequence[Shard]) -> None:
         """These are needed now and next, in this order: fetch what is absent, in the background, and keep what is here.
 
         A daemon thread of this process does it, passing over what another process is fetching; the newest call replaces
-        the list. Staging evicts nothing that was used or staged since; errors are left to ``path``.
+        the list, also that of other processes with a copy of this cache. Staging evicts nothing that was used or staged
+        since, nor what is on a live process's list; errors are left to ``path``.
         """
         now_ns = time.time_ns()
         for shard in shards:
@@ -178,7 +227,7 @@ class ShardCache:
 
     def _obtain(self, shard: Shard, staged_ns: int = 0) -> None:
         """Fetch under the shard's lock. ``staged_ns`` is set where it is only staged: then nothing is waited for."""
-        began = time.time_ns()
+        began = staged_ns or time.time_ns()
         self._local(shard.name).parent.mkdir(parents=True, exist_ok=True)
         (self.folder / ".fetch").mkdir(exist_ok=True)
         with _locked(self._state(shard.name, ".lock"), wait=not staged_ns) as lock:
@@ -231,11 +280,12 @@ class ShardCache:
     def _fill(self, shard: Shard, temporary: Path) -> None:
         """Fetch into ``temporary`` and check; once more on a mismatch: TCP's sums overlook some damage."""
         url = self.name(shard.name)
+        source = self.source or self._remote
         digests: list[str] = []
         with temporary.open("r+b") as stream:
             while len(digests) < 2:
                 stream.seek(0)
-                digests.append(self._remote.copy(url, shard.bytes, stream))
+                digests.append(source.copy(url, shard.bytes, stream))
                 if shard.digest in ("", digests[-1]):
                     stream.flush()
                     os.fsync(stream.fileno())
@@ -266,16 +316,15 @@ class ShardCache:
                     with temporary.open("xb") as stream:
                         os.posix_fallocate(stream.fileno(), 0, max(shard.bytes, 1))
                     return
-            if staged_ns:
-                raise _NoRoomError
-            if not under_way:
+            if staged_ns or not under_way:
                 break
             time.sleep(0.1)  # others hold what is lacking; they end in bounded time, and then it can be evicted
-        raise FetchError(
+        problem = (
             f"{self.name(shard.name)}: no room in the cache {self.folder}: {shard.bytes} bytes needed, "
             f"{shutil.disk_usage(self.folder).free} free on the disk, limit {self.limit_bytes or 'none'}, and nothing "
-            "left to evict: free space, or give a folder on another disk"
+            "left to evict: free space, raise the limit, or give a folder on another disk"
         )
+        raise _NoRoomError(problem) if staged_ns else FetchError(problem)
 
     def _bytes_under_way(self, shard: Shard) -> int:
         """Of the partial files of live processes; those of dead ones are removed, and so are this shard's own."""
@@ -290,16 +339,59 @@ class ShardCache:
         return total
 
     def _evict(self, tars: list[tuple[int, int, Path]], missing: int, staged_ns: int) -> int:
-        """Unlink tars until ``missing`` bytes are freed; returns how many were. Readers that have one open keep it."""
+        """Unlink tars until ``missing`` bytes are freed, what somebody wants last, or not at all for what is only
+        staged; returns how many were. Readers that have one open keep it.
+        """
         freed = 0
-        for used_ns, size, path in tars:
-            if freed >= missing or (staged_ns and used_ns >= staged_ns):
+        wanted = self._wanted() if missing > 0 else set()
+        named = [(path.relative_to(self.folder).as_posix(), used_ns, size) for used_ns, size, path in tars]
+        for name, used_ns, size in sorted(named, key=lambda tar: tar[0] in wanted):
+            if freed >= missing or (staged_ns and (used_ns >= staged_ns or name in wanted)):
                 break
-            with _locked(self._state(path.relative_to(self.folder).as_posix(), ".lock"), wait=False) as free:
+            with _locked(self._state(name, ".lock"), wait=False) as free:
                 if free is not None:
-                    path.unlink(missing_ok=True)
+                    self._local(name).unlink(missing_ok=True)
                     freed += size
         return freed
+
+    # staging
+
+    def _stage(self, shard: Shard, staged_ns: int) -> None:
+        """Fetch it if nobody else does, in the room of what is no longer needed.
+
+        Raises:
+            FetchError, OSError: it cannot be had, or not be kept.
+        """
+        (self.folder / ".fetch").mkdir(parents=True, exist_ok=True)
+        # several streams from one shared file system would only be in each other's way, whereas latency hides by them
+        turn: AbstractContextManager[object] = nullcontext()
+        if self.source is not None:
+            turn = _locked(self.folder / ".fetch" / "copier.lock")
+        with turn:
+            if not self._trusted(shard):
+                self._obtain(shard, staged_ns)
+
+    def _want(self, shards: Sequence[Shard]) -> int:
+        """Note what this rank needs now and next; returns a descriptor, and the note holds as long as that is open."""
+        (self.folder / ".fetch").mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder / ".fetch" / "space.lock"):
+            note = os.open(
+                self.folder / ".fetch" / f"{self._rank}.wanted", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666
+            )
+            fcntl.flock(note, fcntl.LOCK_SH)
+            _overwrite(note, "\n".join(shard.name for shard in shards))
+        return note
+
+    def _wanted(self) -> set[str]:
+        """The names that live processes have noted; notes of dead ones are removed. Needs the lock on space."""
+        names: set[str] = set()
+        for path in (self.folder / ".fetch").glob("*.wanted"):
+            with _locked(path, wait=False) as free:
+                if free is None:
+                    names.update(path.read_text().splitlines())
+                else:
+                    path.unlink()
+        return names
 
 
 class _Stager:
@@ -309,13 +401,17 @@ class _Stager:
         self.owner = os.getpid()
         self._cache = cache
         self._lock = threading.Lock()
+        self._shards: Sequence[Shard] = ()
         self._wanted: deque[Shard] = deque()
         self._since_ns = 0
         self._thread: threading.Thread | None = None
+        self._noted_ns = 0
+        self._drop_note: Callable[[], object] = lambda: None
+        self._told = False
 
     def replace(self, shards: Sequence[Shard], since_ns: int) -> None:
         with self._lock:
-            self._wanted, self._since_ns = deque(shards), since_ns
+            self._shards, self._wanted, self._since_ns = shards, deque(shards), since_ns
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="shard-staging", daemon=True)
                 self._thread.start()
@@ -324,12 +420,31 @@ class _Stager:
         while (item := self._next()) is not None:
             shard, since_ns = item
             try:
-                if not self._cache._trusted(shard):
-                    self._cache._obtain(shard, since_ns)
-            except _NoRoomError:
+                self._note(since_ns)
+                self._cache._stage(shard, since_ns)
+            except _NoRoomError as error:
                 self._stop(since_ns)
-            except OSError:
-                continue  # whoever needs the shard will meet the same error, and can report it
+                self._tell(error)
+            except OSError as error:  # whoever needs the shard will meet the same error, and can report it
+                self._tell(error)
+
+    def _note(self, since_ns: int) -> None:
+        """Once for each list; here and not in ``replace``, which must not wait."""
+        if since_ns != self._noted_ns:
+            note = self._cache._want(self._shards)
+            self._drop_note()
+            self._drop_note = weakref.finalize(self, os.close, note)
+            self._noted_ns = since_ns
+
+    def _tell(self, error: OSError) -> None:
+        """Once: the others are probably like it, and nothing fails by it."""
+        if self._cache.source is not None and not self._told:
+            self._told = True
+            log.warning(
+                "staging to %s: %s. Such shards are read where they lie, without a copy on this node (told once)",
+                self._cache.folder,
+                error,
+            )
 
     def _next(self) -> tuple[Shard, int] | None:
         with self._lock:

@@ -8,13 +8,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sharding.arguments import add_workers, guarded, make_parser, positive, target
+from sharding.arguments import add_workers, guarded, make_parser, part, positive, target
 from sharding.convert_formats import FORMATS
 
 if TYPE_CHECKING:
     from sharding.manifest import Manifest
+    from sharding.partial import Part
     from sharding.sources.protocol import PatchSource
-    from sharding.writer import Outcome, Staging
+    from sharding.writer import Outcome, PartDone, Staging
 
 __all__ = ["shard", "synth"]
 
@@ -30,7 +31,7 @@ example:
 
 _SHARD = """\
 Converts a dataset into WebDataset tars plus a manifest, which training reads. Killed at any moment and started again
-with the same arguments, it goes on where it was. The result is the same bytes for any --workers."""
+with the same arguments, it goes on where it was. The result is the same bytes for any --workers and --part."""
 
 _REBEN = """\
 Reads reBEN (BigEarthNet v2.0) in its official layout: --root holds BigEarthNet-S2, Reference_Maps and metadata.parquet
@@ -109,6 +110,8 @@ def _add_packing(parser: argparse.ArgumentParser, size: str) -> None:
     option("--seed", type=int, default=0, metavar="S", help="of the packing order (default: %(default)s)")
     unusable = "a patch that cannot be used: stop, or skip it and list it at the end (default: %(default)s)"
     option("--on-error", choices=("stop", "skip"), default="stop", help=unusable)
+    some = "write part I of N, from 0 on, beside runs of other parts on any host; the last writes the manifest"
+    option("--part", type=part, default=(0, 1), metavar="I/N", help=f"{some} (default: all)")
     add_workers(parser)
 
 
@@ -133,14 +136,16 @@ def _synth(asked: argparse.Namespace) -> int:
 
 
 def _shard(asked: argparse.Namespace) -> int:
+    from sharding.partial import Part
     from sharding.sources.protocol import PatchError
-    from sharding.writer import write_shards
+    from sharding.writer import PartDone, write_part
 
     source, staging = _reben_source(asked) if asked.format == "reben" else (asked.source(asked), None)
     try:
-        outcome = write_shards(
+        outcome = write_part(
             source,
             asked.out,
+            Part(*asked.part),
             seed=asked.seed,
             samples_per_shard=asked.samples_per_shard,
             workers=asked.workers,
@@ -149,6 +154,9 @@ def _shard(asked: argparse.Namespace) -> int:
         )
     except PatchError as error:
         raise ValueError(f"{error}\nUse --on-error skip to leave such patches out and have them listed.") from error
+    if isinstance(outcome, PartDone):
+        print(_part_summary(Part(*asked.part), outcome))
+        return 0
     print(_summary(asked.out, outcome))
     if asked.format == "reben":
         print("\n".join(_beside_published(outcome.manifest)))
@@ -156,14 +164,24 @@ def _shard(asked: argparse.Namespace) -> int:
 
 
 def _reben_source(asked: argparse.Namespace) -> "tuple[PatchSource, Staging | None]":
+    from sharding.partial import Part, Partial
     from sharding.sources.archives import RebenArchives
     from sharding.sources.geotiff import RebenTree
 
     if asked.archives is None:
         return RebenTree(asked.root, include_snow_cloud=asked.include_snow_cloud), None
-    scratch = asked.out / ".partial" / "staged"
+    scratch = Partial(asked.out, Part(*asked.part)).own / "staged"
     source = RebenArchives(asked.archives, scratch, include_snow_cloud=asked.include_snow_cloud)
     return source, source
+
+
+def _part_summary(part: "Part", done: "PartDone") -> str:
+    rate = f"{done.written} patches now, {done.written / max(done.seconds, 1e-9):.0f} patches/s"
+    missing = done.total - done.shards - done.others
+    return (
+        f"part {part}: its {done.shards} of {done.total} shards are written ({rate}); {done.others} by other parts\n"
+        f"{missing} shards of other parts are to come: the last part to finish writes the manifest"
+    )
 
 
 def _summary(out: Path, outcome: "Outcome") -> str:

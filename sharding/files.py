@@ -23,6 +23,12 @@ class ShardFiles(Protocol):
     def stage(self, shards: Sequence[Shard]) -> None:
         """A hint that must not block: these are needed now and next, in this order."""
 
+    def outdated(self, shard: Shard, file: int) -> bool:
+        """Whether to close this descriptor of the shard and open it anew: it has come nearer, or its room is needed."""
+
+    def distrust(self, shard: Shard, file: int) -> bool:
+        """What was read by this descriptor is damaged; whether ``open`` now leads to other bytes."""
+
 
 @dataclass(frozen=True)
 class LocalFiles:
@@ -47,3 +53,11 @@ class LocalFiles:
 
     def stage(self, shards: Sequence[Shard]) -> None:
         """They are here already."""
+
+    def outdated(self, shard: Shard, file: int) -> bool:
+        """There is only this one."""
+        return False
+
+    def distrust(self, shard: Shard, file: int) -> bool:
+        """There is only this one."""
+        return False

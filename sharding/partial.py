@@ -1,11 +1,15 @@
-"""The state of an unfinished sharding: OUT/.partial/, which makes a run restartable at any moment.
+"""The state of an unfinished sharding: OUT/.partial/, which makes a run restartable at any moment, and divisible.
 
-    .partial/settings.json          what was asked and of which metadata; another question is refused
-    .partial/train-000000.parquet   the rows and sums of a finished shard, written after the shard has its final name
-    .partial/train-000000.tar.PID   a shard being written
+    .partial/settings.json             what was asked and of which metadata; another question is refused
+    .partial/train-000000.parquet      the rows and sums of a finished shard, written after the shard has its final name
+    .partial/train-000000.tar.HOST.PID a shard being written
+    .partial/parts.json                where the work is divided: into how many parts
+    .partial/part-3-of-16/             what is part 3's alone: shards being written, scratch space
 
 A shard is done when its tar has its final name and size and its side-car is there; everything else is done again, to
-the same bytes.
+the same bytes. Parts share nothing else, and the last one to finish writes the manifest. Locks only keep runs out of
+each other's way: where a file system has none (Lustre without ``-o flock``), each file still appears whole, under its
+final name, with the only bytes it can have.
 """
 
 import fcntl
@@ -21,9 +25,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sharding.manifest import MANIFEST_JSON
 from sharding.statistics import BandSums
 
-__all__ = ["FinishedShard", "Partial", "compare_settings", "replace_durably", "sync"]
+__all__ = ["FinishedShard", "Part", "Partial", "compare_settings", "replace_durably", "sync"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Every ``count``-th shard, from shard ``number`` on; the default is all of them."""
+
+    number: int = 0
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
 
 
 @dataclass
@@ -55,38 +71,80 @@ class FinishedShard:
 
 @dataclass(frozen=True)
 class Partial:
-    """The folder OUT/.partial."""
+    """The folder OUT/.partial, as the run that writes ``part`` uses it."""
 
     out: Path
+    part: Part = Part()
 
     @property
     def folder(self) -> Path:
         return self.out / ".partial"
 
+    @property
+    def own(self) -> Path:
+        """For what no other part may touch."""
+        whole = self.part.count == 1
+        return self.folder if whole else self.folder / f"part-{self.part.number}-of-{self.part.count}"
+
+    @property
+    def finished(self) -> bool:
+        """All is written; the folder goes, or has gone."""
+        return (self.out / MANIFEST_JSON).exists()
+
     @contextmanager
     def begun(self, settings: Mapping[str, Any]) -> Iterator[None]:
-        """Make the folder, or take up the one there is, and hold it against other runs.
+        """Make the folder, or take up the one there is, and hold it, or the part, against other runs.
 
         What a killed run was writing is removed.
 
         Raises:
-            ValueError: OUT holds other things, or a sharding that was begun with other settings, or another run is at
-            work.
+            ValueError: OUT holds other things, or a sharding that was begun with other settings or in another number of
+            parts, or another run is at work.
+            OSError: the folder cannot be written, or the last part cleared it away meanwhile.
         """
-        if not self.folder.is_dir() and self.out.exists() and any(self.out.iterdir()):
+        others = self.out.exists() and any(path != self.folder for path in self.out.iterdir())
+        if others and not self.folder.is_dir() and not self.finished:
             raise ValueError(f"{self.out} is not empty and holds no unfinished sharding: give an empty or a new folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _lock(self.folder / "lock", f"another run is writing to {self.out}: wait for it, or end it"):
-            path = self.folder / "settings.json"
-            if path.exists():
-                compare_settings(json.loads(path.read_text()), settings, where=f"the unfinished sharding in {self.out}")
-            else:
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text(json.dumps(dict(settings), indent=1) + "\n")
-                replace_durably(temporary, path)
-            for stale in self.folder.glob("*.tar.*"):
-                stale.unlink()
+        self.own.mkdir(parents=True, exist_ok=True)
+        with self._held():
+            before = _agreed(self.folder / "settings.json", settings)
+            compare_settings(before, settings, where=f"the unfinished sharding in {self.out}")
+            for stale in self.own.glob("*.tar.*"):
+                stale.unlink(missing_ok=True)
             yield
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The whole folder alone, or one part beside others."""
+        lock, remedy = self.folder / "lock", "wait for it, or end it"
+        if self.part.count == 1:
+            with _lock(lock, f"another run is writing to {self.out}: {remedy}"):
+                (self.folder / "parts.json").unlink(missing_ok=True)
+                for left in self.folder.glob("part-*-of-*"):
+                    shutil.rmtree(left)
+                yield
+            return
+        one = f"a run without --part is writing to {self.out}: {remedy}"
+        same = f"another run is writing part {self.part} to {self.out}: {remedy}"
+        with _lock(lock, one, shared=True), _lock(self.own / "lock", same):
+            path = self.folder / "parts.json"
+            count = _agreed(path, {"parts": self.part.count})["parts"]
+            if count != self.part.count:
+                raise ValueError(
+                    f"the unfinished sharding in {self.out} was begun in {count} parts, this is part {self.part}. Use "
+                    f"the same number, or remove {path} when none of them is at work"
+                )
+            yield
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """One after the other: of the parts that end at the same moment, the first writes the manifest."""
+        with _lock(self.folder / "finish.lock"):
+            yield
+
+    def temporary(self, name: str) -> Path:
+        """Where this process, of all on all hosts, may write what will be called ``name``."""
+        return self.own / f"{name}.{os.uname().nodename}.{os.getpid()}"
 
     def load(self, name: str) -> FinishedShard | None:
         """The finished shard ``name``, or None where it has to be written."""
@@ -107,14 +165,14 @@ class Partial:
         record = {name: value for name, value in vars(shard).items() if name != "table"}
         record["sums"] = [vars(sums) for sums in shard.sums]
         path = self.folder / f"{shard.name}.parquet"
-        temporary = self.folder / f"{shard.name}.tmp.{os.getpid()}"
+        temporary = self.temporary(f"{shard.name}.tmp")
         pq.write_table(shard.table.replace_schema_metadata({"shard": json.dumps(record)}), temporary)
         replace_durably(temporary, path)
 
     def bytes_under_way(self) -> int:
-        """Size of the shards being written: the progress of the workers without a word from them."""
+        """Size of the part's shards being written: the progress of the workers without a word from them."""
         total = 0
-        for path in self.folder.glob("*.tar.*"):
+        for path in self.own.glob("*.tar.*"):
             try:
                 total += path.stat().st_size
             except FileNotFoundError:  # it was just finished
@@ -127,15 +185,34 @@ class Partial:
 
 
 @contextmanager
-def _lock(path: Path, message: str) -> Iterator[None]:
-    with path.open("w") as stream:
+def _lock(path: Path, message: str = "", *, shared: bool = False) -> Iterator[None]:
+    """Raises ValueError(message) where another run has it; without a message, waits for that run."""
+    with path.open("a+") as stream:  # NFS wants a file to be open for reading to share it, for writing to have it alone
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if message else 0))
         except BlockingIOError as error:
             raise ValueError(message) from error
         except OSError:
             pass  # some network file systems have no locks; two runs would then only get in each other's way
         yield
+
+
+def _agreed(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What the first of all runs wrote there: ``content``, where that is this one."""
+    if not path.exists():
+        temporary = path.with_suffix(f".{os.uname().nodename}.{os.getpid()}")
+        temporary.write_text(json.dumps(dict(content), indent=1) + "\n")
+        sync(temporary)
+        try:
+            path.hardlink_to(temporary)  # unlike a rename, fails where another was faster
+        except FileExistsError:
+            pass
+        except OSError:
+            temporary.replace(path)  # a file system without links
+        temporary.unlink(missing_ok=True)
+        sync(path.parent)
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def compare_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, where: str) -> None:

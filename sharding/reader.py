@@ -25,6 +25,7 @@ from sharding.manifest import LabelTable, Manifest, Member, Shard
 __all__ = ["BandGroup", "PatchReader", "ReadError", "Target", "select_bands"]
 
 _OPEN_FILES = 256  # per reader; common soft limits are 1024 a process, and reBEN in small shards has more
+_REOPEN_SECONDS = 1.0  # how long a copy that has come, or one that is to go, may wait for its readers
 _TAR_HEADER = 512
 _NAME = 100  # bytes of the name field, the first of a tar header
 _GAP = 8192  # a gap up to this size is read along: copying it takes less time than another system call
@@ -121,6 +122,7 @@ class PatchReader:
     check_digests: bool = True
     _open: dict[int, int] = field(default_factory=dict, repr=False)
     _owner: int = 0
+    _reopened: float = 0.0
     _cold: bool = True  # announcing a batch for nothing costs less than a cold one that was not announced
 
     def __getstate__(self) -> dict[str, object]:
@@ -143,19 +145,39 @@ class PatchReader:
         if self._owner != os.getpid():  # after a fork the parent's descriptors are the parent's to close
             self._open, self._owner = {}, os.getpid()
         start = time.perf_counter()
+        self._close_outdated(start)
         work = _Work(self, rows, target)
         if self._cold:
             work.announce()
         failed: list[tuple[int, ReadError]] = []
         for place in range(len(rows)):
             try:
-                work.read(place)
+                self._read(work, place)
             except ReadError as error:
                 failed.append((place, error))
                 if not go_on:
                     break
         self._cold = (time.perf_counter() - start) > (_WARM if self._cold else _COLD) * max(1, len(rows))
         return failed
+
+    def _read(self, work: "_Work", place: int) -> None:
+        """A row; once more where its shard's bytes are to be had elsewhere."""
+        try:
+            work.read(place)
+        except ReadError:
+            number = work.shards[place]
+            if number not in self._open or not self.files.distrust(self.manifest.shards[number], self._open[number]):
+                raise
+            os.close(self._open.pop(number))
+            work.read(place)
+
+    def _close_outdated(self, now: float) -> None:
+        if now < self._reopened + _REOPEN_SECONDS:
+            return
+        self._reopened = now
+        for number, file in list(self._open.items()):
+            if self.files.outdated(self.manifest.shards[number], file):
+                os.close(self._open.pop(number))
 
     @cached_property
     def _split_shards(self) -> list[Shard]:
@@ -248,7 +270,7 @@ class _Work:
         table = reader.table
         self._reader, self._target = reader, target
         self._rows: list[int] = rows.tolist()
-        self._shards: list[int] = table.shard_N[rows].tolist()
+        self.shards: list[int] = table.shard_N[rows].tolist()
         self._first: list[int] = reader._first_N[rows].tolist()
         self._keys: list[str] = table.keys.take(rows).to_pylist()
         usual = reader._usual_layout
@@ -259,7 +281,7 @@ class _Work:
 
     def announce(self) -> None:
         """Ask the kernel for all rows at once: one after the other a disk, or a server behind it, would mostly wait."""
-        for shard, first, layout in zip(self._shards, self._first, self._layouts):
+        for shard, first, layout in zip(self.shards, self._first, self._layouts):
             try:
                 file = self._reader._file(shard)
             except ReadError:
@@ -271,7 +293,7 @@ class _Work:
     def read(self, place: int) -> None:
         """All groups of one row."""
         reader, layout = self._reader, self._layouts[place]
-        file = reader._open.get(self._shards[place]) or reader._file(self._shards[place])
+        file = reader._open.get(self.shards[place]) or reader._file(self.shards[place])
         if layout.first_raw is not None:
             if self._targets is not None:
                 target = self._targets[place]
@@ -344,7 +366,7 @@ class _Work:
             )
 
     def _ends_early(self, place: int, offset: int, count: int, wanted: int) -> ReadError:
-        size = self._reader.manifest.shards[self._shards[place]].bytes
+        size = self._reader.manifest.shards[self.shards[place]].bytes
         return self._error(
             place,
             offset,
@@ -362,7 +384,7 @@ class _Work:
         )
 
     def _error(self, place: int, offset: int, reason: str) -> ReadError:
-        shard = self._reader.manifest.shards[self._shards[place]].name
+        shard = self._reader.manifest.shards[self.shards[place]].name
         return ReadError(f"{self._keys[place]} in {self._reader.files.name(shard)} at offset {offset}: {reason}")
 
 

@@ -3,7 +3,6 @@
 Letters: N rows of the shard, C classes, D bands.
 """
 
-import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +48,7 @@ def write_shard(task: ShardTask) -> ShardTask:
         OSError: the shard cannot be written.
     """
     shard = FinishedShard(task.name, task.split)
-    temporary = task.partial.folder / f"{task.name}.tar.{os.getpid()}"
+    temporary = task.partial.temporary(f"{task.name}.tar")
     final = task.partial.out / f"{task.name}.tar"
     try:
         samples, digests = _write_tar(task, temporary, shard)

@@ -2,13 +2,14 @@
 
 What is written is a function of (source, seed, samples_per_shard) alone. Each split's patches are sorted by key,
 permuted by the seed (the metadata are sorted by date and place, and neighbours in a shard would be neighbours on the
-ground) and cut into shards; a shard is one task. Letters: N rows of a shard, C classes, D bands.
+ground) and cut into shards; a shard is one task. Several runs, on one host or many, may each write a part of the
+shards. Letters: N rows of a shard, C classes, D bands.
 """
 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from sharding.manifest import (
     load_manifest,
     write_manifest,
 )
-from sharding.partial import FinishedShard, Partial, compare_settings, replace_durably, sync
+from sharding.partial import FinishedShard, Part, Partial, compare_settings, replace_durably
 from sharding.pool import run_tasks
 from sharding.progress import Progress
 from sharding.rng import derive_rng
@@ -35,7 +36,7 @@ from sharding.shardfile import ShardTask, write_shard
 from sharding.sources.protocol import Index, PatchSource
 from sharding.statistics import add_sums, largest_side, statistics_of
 
-__all__ = ["REPORT_JSON", "Outcome", "Staging", "write_shards"]
+__all__ = ["REPORT_JSON", "Outcome", "PartDone", "Staging", "write_part", "write_shards"]
 
 REPORT_JSON = "report.json"
 FORMAT = 2  # of packing and tar members; part of the settings, so that shards of two versions never mix
@@ -51,11 +52,29 @@ class Outcome:
     seconds: float
 
 
+@dataclass(frozen=True)
+class PartDone:
+    """All shards of a part are there, those of others are not: there is no manifest yet.
+
+    Attributes:
+        shards, others, total: shards of this part; those of other parts that are there; all that there will be.
+        written, seconds: patches written by this run, and its time.
+    """
+
+    shards: int
+    others: int
+    total: int
+    written: int
+    seconds: float
+
+
 class Staging(Protocol):
     """Work before the first shard, for a source that cannot read any patch at any time (archives, tapes)."""
 
     def prepare(self, tasks: Sequence[ShardTask], todo: Sequence[ShardTask], workers: int) -> None:
-        """Make the patches of ``todo`` ready to be read; ``tasks`` are all shards. Raises as ``write_shards`` does."""
+        """Make the patches of ``todo`` ready to be read; ``tasks`` are all shards of the part. Raises as ``write_part``
+        does.
+        """
 
     def release(self, task: ShardTask) -> None:
         """The shard is on the disk: its patches will not be read again."""
@@ -88,20 +107,64 @@ def write_shards(
         OSError: no such source, no space.
         RuntimeError: a worker died.
     """
+    outcome = write_part(
+        source,
+        out,
+        Part(),
+        seed=seed,
+        samples_per_shard=samples_per_shard,
+        workers=workers,
+        skip=skip,
+        staging=staging,
+    )
+    assert isinstance(outcome, Outcome)
+    return outcome
+
+
+def write_part(
+    source: PatchSource,
+    out: Path,
+    part: Part,
+    *,
+    seed: int = 0,
+    samples_per_shard: int = 1000,
+    workers: int = 1,
+    skip: bool = False,
+    staging: Staging | None = None,
+) -> Outcome | PartDone:
+    """Write the shards of ``part``; where those of all others are there, the manifest too.
+
+    Arguments and errors are those of ``write_shards``; also ValueError where the sharding was begun in another number
+    of parts, or this one is being written by another run.
+    """
     start = time.monotonic()
     if samples_per_shard < 1 or workers < 0:
         raise ValueError(f"samples_per_shard is {samples_per_shard} (at least 1), workers is {workers} (at least 0)")
     index = source.index()
     settings = _settings(source, index, seed, samples_per_shard)
-    partial = Partial(out)
-    if (out / MANIFEST_JSON).exists():
+    partial, written = Partial(out, part), 0
+    if partial.finished:
         return _finished(partial, settings)
-    with partial.begun(settings):
-        tasks = _plan(source, index, partial, seed=seed, samples_per_shard=samples_per_shard, skip=skip)
-        shards, written = _run(tasks, workers, staging)
-        manifest, report = _assemble(source, partial, shards, seed, settings)
-        partial.remove()
-    return Outcome(manifest, report, written, time.monotonic() - start)
+    tasks = _plan(source, index, partial, seed=seed, samples_per_shard=samples_per_shard, skip=skip)
+    mine = tasks[part.number :: part.count]
+    try:
+        with partial.begun(settings):
+            todo = [task for task in mine if _reusable(task) is None]
+            if not partial.finished:  # asked after the look: side-cars go when the manifest is there
+                written = _run(mine, todo, workers, staging)
+            # from their side-cars, all of them: a shard written now must not differ in a byte from an earlier one
+            shards = [shard for task in tasks if (shard := _reusable(task)) is not None]
+            if len(shards) == len(tasks):
+                with partial.finishing():
+                    if not partial.finished:
+                        _assemble(source, partial, shards, seed, settings)
+            elif not partial.finished:
+                others = len(shards) - len(mine)
+                return PartDone(len(mine), others, len(tasks), written, time.monotonic() - start)
+    except OSError:
+        if not partial.finished:  # else the last part has cleared away what this one was looking at
+            raise
+    return replace(_finished(partial, settings), written=written, seconds=time.monotonic() - start)
 
 
 def _settings(source: PatchSource, index: Index, seed: int, samples_per_shard: int) -> dict[str, Any]:
@@ -117,7 +180,7 @@ def _settings(source: PatchSource, index: Index, seed: int, samples_per_shard: i
 def _finished(partial: Partial, settings: dict[str, Any]) -> Outcome:
     report: dict[str, Any] = json.loads((partial.out / REPORT_JSON).read_text())
     compare_settings(report["settings"], settings, where=f"the finished sharding in {partial.out}")
-    partial.remove()  # a run killed after the manifest and before this
+    partial.remove()
     return Outcome(load_manifest(partial.out), report, written=0, seconds=0.0)
 
 
@@ -137,9 +200,8 @@ def _plan(
     return tasks
 
 
-def _run(tasks: list[ShardTask], workers: int, staging: Staging | None) -> tuple[list[FinishedShard], int]:
-    """All shards in the order of ``tasks``, and how many patches were written now."""
-    todo = [task for task in tasks if _reusable(task) is None]
+def _run(tasks: list[ShardTask], todo: list[ShardTask], workers: int, staging: Staging | None) -> int:
+    """Write the shards of ``todo``, the rest of the part ``tasks``. Returns how many patches that were."""
     if staging is not None and todo:
         staging.prepare(tasks, todo, workers)
     total = sum(len(task.keys) for task in tasks)
@@ -157,9 +219,7 @@ def _run(tasks: list[ShardTask], workers: int, staging: Staging | None) -> tuple
                 staging.release(task)
             ready += len(task.keys)
             progress.at(ready)
-    # from their side-cars, all of them: what this run wrote must not differ in a byte from what an earlier one did
-    finished = {task.name: shard for task in tasks if (shard := task.partial.load(task.name)) is not None}
-    return [finished[task.name] for task in tasks], sum(finished[task.name].rows for task in todo)
+    return sum(shard.rows for task in todo if (shard := task.partial.load(task.name)) is not None)
 
 
 def _reusable(task: ShardTask) -> FinishedShard | None:
@@ -175,19 +235,18 @@ def _bytes_per_row(source: PatchSource) -> int:
 
 def _assemble(
     source: PatchSource, partial: Partial, finished: list[FinishedShard], seed: int, settings: dict[str, Any]
-) -> tuple[Manifest, dict[str, Any]]:
+) -> None:
     """Number the rows, and write report, table and manifest, in this order: the manifest says that all is there."""
     kept = [shard for shard in finished if shard.rows]
     if not kept:
         raise ValueError(
             f"none of {settings['patches']} patches could be used: see --on-error stop for the first reason"
         )
-    report = _report(finished, settings)
-    temporary = partial.folder / REPORT_JSON
-    temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    replace_durably(temporary, partial.out / REPORT_JSON)
+    folder = partial.temporary("manifest")
+    folder.mkdir(exist_ok=True)
+    (folder / REPORT_JSON).write_text(json.dumps(_report(finished, settings), indent=1, ensure_ascii=False) + "\n")
     manifest = Manifest(
-        root=partial.out,
+        root=folder,
         dataset=source.dataset,
         classes=source.classes,
         members=source.members,
@@ -196,10 +255,9 @@ def _assemble(
         seed=seed,
         table_digest="",
     )
-    manifest = write_manifest(manifest, _numbered(kept))
-    for name in (MANIFEST_PARQUET, MANIFEST_JSON, ""):  # before the side-cars go, from which they could be made again
-        sync(partial.out / name)
-    return manifest, report
+    write_manifest(manifest, _numbered(kept))
+    for name in (REPORT_JSON, MANIFEST_PARQUET, MANIFEST_JSON):
+        replace_durably(folder / name, partial.out / name)
 
 
 def _numbered(shards: list[FinishedShard]) -> pa.Table:

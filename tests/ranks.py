@@ -119,7 +119,7 @@ class ThreadComm:
     def barrier(self) -> None:
         self._exchange("barrier", None)
 
-    def channel(self) -> "ThreadComm":
+    def channel(self, *, patient: bool = False) -> "ThreadComm":
         return ThreadComm(self.rank, self.world_size, self._exchange("channel", self._meeting.sibling())[0])
 
     def _exchange(self, call: str, value: object) -> list[Any]:

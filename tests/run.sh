@@ -16,5 +16,12 @@ if [ $# -eq 0 ]; then
     echo "== import directions"
     $bin/lint-imports
 fi
+if [[ $# -eq 0 || "$*" == *slurm* ]]; then
+    bash tests/slurm/install.sh
+fi
+if [ $# -eq 0 ] && command -v shellcheck >/dev/null; then
+    echo "== shellcheck"
+    shellcheck --external-sources ./*/*.sh tests/slurm/*.sh
+fi
 echo "== pytest"
 exec $bin/python -m pytest "$@"

@@ -15,7 +15,7 @@ from adagc_dist.feed import TrainingBatch
 from adagc_dist.methods import Phase, make_method
 from adagc_dist.methods.adagc import AdaGC
 from adagc_dist.teacher import EmaTeacher
-from launch.engines import DdpEngine
+from launch.engines.ddp import DdpEngine
 from tests.tiny import Owners
 
 CPU = torch.device("cpu")

@@ -27,7 +27,7 @@ from adagc_dist.agreement import StopReason
 from adagc_dist.checkpoint import Position
 from adagc_dist.store import PredictionStore
 from adagc_dist.trainer import Trainer
-from launch.engines import DdpEngine
+from launch.engines.ddp import DdpEngine
 from sharding.loader import Batch
 from sharding.plan import EpochPlan
 from tests.ranks import Ranks

@@ -8,7 +8,7 @@ from torch import Tensor, distributed, nn
 
 from adagc_dist.comm import Comm, SoloComm
 from adagc_dist.config import Config
-from launch.engines import DdpEngine
+from launch.engines.ddp import DdpEngine
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 
@@ -66,7 +66,7 @@ def test_gradients_are_exchanged_with_the_last_micro_batch_only() -> None:
 
 def test_a_wrong_number_of_micro_batches_is_noticed() -> None:
     engine = DdpEngine(small_student(), settings("optim.accumulation=2"), comm=SoloComm(), device=CPU)
-    with pytest.raises(AssertionError, match="settles in the forward pass"):
+    with pytest.raises(AssertionError, match="settles which is a step's last"):
         engine.backward(engine.forward(batch(0)).sum(), last=True)
 
 

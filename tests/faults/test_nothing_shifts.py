@@ -17,7 +17,7 @@ from adagc_dist.methods import Losses, Phase
 from adagc_dist.methods.adagc import AdaGC
 from adagc_dist.store import PredictionStore
 from launch.data import Shards, make_plan
-from launch.engines import DdpEngine
+from launch.engines.ddp import DdpEngine
 from sharding.plan import EpochPlan
 from tests.damages import flip_rows
 from tests.faults.commands import SKIP, WRITTEN, Told, assert_trained, command, in_a_rank, plan_of, result_of, rows_of

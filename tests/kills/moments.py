@@ -17,7 +17,7 @@ from random import Random
 from typing import Any, Literal
 
 import adagc_dist.checkpoint
-import launch.engines
+import launch.engines.ddp
 import launch.rundir
 import launch.train
 from adagc_dist.checkpoint import CheckpointStore, Position
@@ -166,7 +166,7 @@ def _anywhere(trainer: Trainer | None, arguments: Sequence[Any]) -> str:
     return "anywhere"
 
 
-_CHECKPOINT, _SAVE, _ENGINE = adagc_dist.checkpoint, adagc_dist.checkpoint._Save, launch.engines.DdpEngine
+_CHECKPOINT, _SAVE, _ENGINE = adagc_dist.checkpoint, adagc_dist.checkpoint._Save, launch.engines.ddp.DdpEngine
 MOMENTS = {
     "start, folder made": _Moment(launch.rundir, "_locked", "after", _anywhere, "anywhere", ranks=1),
     "start, a file half written": _Moment(Path, "replace", "before", _anywhere, "anywhere", calls=3, ranks=1),

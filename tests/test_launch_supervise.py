@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-import launch.job
+import launch.supervise
 import launch.train
 from adagc_dist.tracking import write_json
-from launch.job import EXIT_STOPPED, supervise
 from launch.stop import STOP_FILE
+from launch.supervise import EXIT_STOPPED, supervise
 from tests.ranks import Ranks
 from tests.test_launch_stop import LOADED, Run, at_step, do_nothing, hang, in_a_rank, lives, note_workers, wait_until
 from tests.test_training import status_of
@@ -87,7 +87,7 @@ def fails_to_continue(run: Path) -> int:
 
 
 def hangs(run: Path) -> int:
-    launch.job.ECHO_SECONDS = 0.2  # type: ignore[attr-defined]  # here only: elsewhere an echo must be one, if late
+    launch.supervise.ECHO_SECONDS = 0.2  # type: ignore[attr-defined]  # here only: elsewhere an echo must be one, if late
     status(run, "running")
     tell()
     time.sleep(0.3)
@@ -159,7 +159,7 @@ HOOKS = {
 COMMAND = """
 import sys, launch.spawn, launch.train
 run_ranks = launch.spawn.run_ranks
-launch.spawn.run_ranks = lambda module, *args, **options: run_ranks("tests.test_launch_job", *args, **options)
+launch.spawn.run_ranks = lambda module, *args, **options: run_ranks("tests.test_launch_supervise", *args, **options)
 sys.exit(launch.train.main(sys.argv[1:]))
 """
 

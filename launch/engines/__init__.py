@@ -1,0 +1,1 @@
+"""Engines: how a student is wrapped, differentiated and stepped."""

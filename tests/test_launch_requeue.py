@@ -1,0 +1,94 @@
+"""When a job goes back into the queue, and when it does not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adagc_dist.agreement import StopReason
+from launch.requeue import End, Limits, Start, StartLog, Verdict, decide
+
+STOPPED = {"state": "stopped", "reason": "SIGUSR1"}
+LOST = {"state": "failed", "cause": "lost", "reason": "a rank failed"}
+ERROR = {"state": "failed", "cause": "error", "reason": "ValueError: a shard is damaged"}
+
+
+def verdict(code: int, status: dict[str, Any], *, moved: bool = True, restarts: int = 0, idle: int = 0) -> Verdict:
+    return decide(End(code, status, moved), restarts=restarts, idle=idle, limits=Limits(restarts=5, idle=3))
+
+
+@pytest.mark.parametrize("reason", [reason for reason in StopReason if reason is not StopReason.FILE])
+def test_what_slurm_or_a_clock_has_stopped_goes_on(reason: StopReason) -> None:
+    found = verdict(75, {"state": "stopped", "reason": reason.value})
+    assert found.requeue
+    assert reason.value in found.why
+    assert "restart 1 of at most 5" in found.why
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "why"),
+    [
+        (0, {"state": "finished"}, "finished"),
+        (75, {"state": "stopped", "reason": StopReason.FILE.value}, "submit it again"),
+        (1, ERROR, "a shard is damaged"),
+        (1, {}, "before it trained"),
+    ],
+)
+def test_what_a_person_or_an_error_has_ended_stays_so(code: int, status: dict[str, Any], why: str) -> None:
+    found = verdict(code, status)
+    assert not found.requeue
+    assert found.code == code
+    assert why in found.why
+
+
+def test_a_lost_rank_is_worth_a_restart_if_something_was_learnt() -> None:
+    assert verdict(1, LOST).requeue
+    found = verdict(1, LOST, moved=False)
+    assert not found.requeue
+    assert found.code == 1
+    assert "no checkpoint is newer" in found.why
+
+
+@pytest.mark.parametrize("end", [(75, STOPPED), (143, {})])
+def test_stops_without_progress_are_borne_for_some_starts(end: tuple[int, dict[str, Any]]) -> None:
+    assert verdict(*end, moved=False, idle=2).requeue
+    found = verdict(*end, moved=False, idle=3)
+    assert not found.requeue
+    assert found.code == end[0]
+    assert "no newer checkpoint in 3 starts" in found.why
+
+
+@pytest.mark.parametrize("end", [(75, STOPPED), (1, LOST), (138, {})])
+def test_restarts_are_limited(end: tuple[int, dict[str, Any]]) -> None:
+    assert verdict(*end, restarts=4).requeue
+    found = verdict(*end, restarts=5)
+    assert not found.requeue
+    assert "5 restarts are the limit" in found.why
+
+
+def start(job: str, restart: int, found: list[int] | None) -> Start:
+    return Start(job, restart, found, ("n1", "n2"), 0.0)
+
+
+def test_starts_that_found_the_run_in_the_same_place_are_counted(tmp_path: Path) -> None:
+    log = StartLog(tmp_path)
+    assert log.idle("7", None) == 0
+    log.begin(start("6", 0, [2, 0]))
+    for restart, found in enumerate([None, [2, 0], [2, 0], [2, 0]]):
+        log.begin(start("7", restart, found))
+    assert log.idle("7", [2, 0]) == 3
+    assert log.idle("7", [3, 0]) == 0
+    assert log.idle("6", [2, 0]) == 1
+
+
+def test_a_line_cut_by_a_kill_does_no_harm(tmp_path: Path) -> None:
+    log = StartLog(tmp_path)
+    log.begin(start("7", 0, [1, 0]))
+    path = tmp_path / "logs" / "starts.jsonl"
+    path.write_text(path.read_text() + '{"job": "7", "rest')
+    assert log.idle("7", [1, 0]) == 1
+    log.end(start("7", 0, [1, 0]), Verdict(False, 0, "finished"), [2, 0])
+    log.begin(start("7", 1, [1, 0]))
+    assert log.idle("7", [1, 0]) == 2
+    assert json.loads(path.read_text().splitlines()[-1])["restart"] == 1
