@@ -17,6 +17,7 @@ from launch.nic import choose, environment, interfaces, source_address
 from launch.ranklogs import NodeRecord, RankLogs
 from launch.slurm import NodePlace
 from launch.spawn import Meeting, launch_config
+from launch.world import OWNS_CORES
 
 __all__ = ["main"]
 
@@ -76,6 +77,7 @@ def _environment(arguments: argparse.Namespace, network: Mapping[str, str], env:
         "OMP_NUM_THREADS": str(threads),
         "PYTHONFAULTHANDLER": "1",
         "PYTHONUNBUFFERED": "1",
+        OWNS_CORES: "1",
         "NCCL_DEBUG": "WARN",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         **network,

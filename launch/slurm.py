@@ -70,11 +70,13 @@ class Allocation:
         return 20000 + int(self.job) % 20000
 
     def step(self, command: Sequence[str]) -> list[str]:
-        """The srun command that runs ``command`` once on each node, on all its cores, and ends all if one fails."""
+        """The srun command that runs ``command`` once on each node, on all its cores, and ends all if one fails; what
+        they say comes in whole lines.
+        """
         nodes = str(len(self.hosts))
         return [
             "srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--cpus-per-task={self.cpus}",
-            "--cpu-bind=cores", "--kill-on-bad-exit=1", "--wait=60", "--input=none", "--unbuffered",
+            "--cpu-bind=cores", "--kill-on-bad-exit=1", "--wait=60", "--input=none",
             # also where the job was submitted with --export=NONE; c10d warns of each host without a reverse name
             "--export=ALL,TORCH_CPP_LOG_LEVEL=ERROR", *command,
         ]  # fmt: skip

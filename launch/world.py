@@ -2,7 +2,7 @@
 
 import os
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +13,9 @@ from torch import distributed as dist
 from adagc_dist.comm import Comm, SoloComm
 from launch.collectives import TorchComm
 
-__all__ = ["World", "usable_cores", "world_context"]
+__all__ = ["OWNS_CORES", "World", "share_of_cores", "usable_cores", "world_context"]
+
+OWNS_CORES = "ADAGC_OWNS_CORES"  # set by launch.node
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class World:
     local_world_size: int
     launched: bool = False
     """Whether torchrun started this process: it takes any exit code but 0 for a failure of all ranks."""
+    owns_cores: bool = False
+    """Whether the cores that this process may run on are for this machine's ranks alone, as in a job of Slurm."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "World":
@@ -47,7 +51,8 @@ class World:
             rank, world_size, local_rank, local_world_size = (int(env[name]) for name in names)
         except ValueError as error:
             raise ValueError(f"the variables {', '.join(names)} must be numbers: {error}") from error
-        return cls(rank, world_size, local_rank, local_world_size, launched=True)
+        owns_cores = env.get(OWNS_CORES) == "1"
+        return cls(rank, world_size, local_rank, local_world_size, launched=True, owns_cores=owns_cores)
 
     def device(self, wanted: str) -> torch.device:
         """``wanted``: auto, cpu or cuda; auto takes the local rank's GPU where there is one for each local rank.
@@ -75,6 +80,15 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def share_of_cores(cores: Collection[int], local_rank: int, local_world_size: int) -> set[int]:
+    """Neighbouring cores for one of the ranks, which share all of them; one where they are fewer than ranks."""
+    ordered = sorted(cores)
+    if len(ordered) < local_world_size:
+        return {ordered[local_rank % len(ordered)]}
+    first, end = (len(ordered) * rank // local_world_size for rank in (local_rank, local_rank + 1))
+    return set(ordered[first:end])
+
+
 @contextmanager
 def world_context(world: World, device: torch.device, *, timeout_minutes: float = 10.0) -> Iterator[Comm]:
     """The process group of ``world`` (gloo on CPU, NCCL on GPU) for the time of the context, and threads that share the
@@ -85,9 +99,12 @@ def world_context(world: World, device: torch.device, *, timeout_minutes: float 
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each group of gloo is a socket to every other rank
-    threads = max(1, usable_cores() // world.local_world_size)
     if device.type == "cpu":
-        torch.set_num_threads(threads)
+        if world.owns_cores:
+            os.sched_setaffinity(0, share_of_cores(os.sched_getaffinity(0), world.local_rank, world.local_world_size))
+            torch.set_num_threads(usable_cores())
+        else:
+            torch.set_num_threads(max(1, usable_cores() // world.local_world_size))
     else:
         torch.cuda.set_device(device)
     if world.world_size == 1:

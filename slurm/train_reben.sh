@@ -22,6 +22,7 @@ set -euo pipefail
 : "${ADAGC_RECIPE:=reben_random}"             # or reben_dominant, aid_random, a YAML file
 : "${ADAGC_SHARDS:=/data/reben-shards}"       # what slurm/shard_reben.sh wrote, on a file system that all nodes see
 : "${ADAGC_RUN:=runs/${SLURM_JOB_NAME:-adagc}-${SLURM_JOB_ID:-local}}" # the run's folder, on such a file system, too
+: "${ADAGC_CACHE:=}"                          # a folder on the nodes' own disks: shards are copied there ahead of need
 : "${ADAGC_RANKS_PER_NODE:=}"                 # by default the node's GPUs, else 1
 : "${ADAGC_JOB_OPTIONS:=}"                    # for launch.job: --max-restarts 50 --join-seconds 600 ...
 # --------------------------------------------------------------------------
@@ -36,5 +37,6 @@ python="${ADAGC_PYTHON:-$(command -v "$here/.venv/bin/python" python3 | head -n 
     exit 2
 }
 # shellcheck disable=SC2086  # options are words
-exec "$python" -m launch.job train "$ADAGC_RECIPE" data.shards="$ADAGC_SHARDS" run.dir="$ADAGC_RUN" "$@" \
-    ${ADAGC_RANKS_PER_NODE:+--nproc-per-node $ADAGC_RANKS_PER_NODE} $ADAGC_JOB_OPTIONS
+exec "$python" -m launch.job train "$ADAGC_RECIPE" data.shards="$ADAGC_SHARDS" run.dir="$ADAGC_RUN" \
+    ${ADAGC_CACHE:+data.stage=true "data.cache=$ADAGC_CACHE"} "$@" \
+    ${ADAGC_RANKS_PER_NODE:+--nproc-per-node "$ADAGC_RANKS_PER_NODE"} $ADAGC_JOB_OPTIONS

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adagc_dist.comm import Comm, PeerError, SoloComm
 from adagc_dist.sanity import check_sanity
 from adagc_dist.trainer import Trainer
+from launch.failure import EXIT_LOST_PEER
 from tests.ranks import Ranks, run_ranks, run_threads
 from tests.test_training import command_line, status_of
 from tests.tiny import tiny_settings
@@ -176,7 +177,7 @@ def test_a_rank_whose_weights_come_apart_ends_the_run_at_the_next_check(
     """Which may be that of the same step, and names the model that came apart first."""
     settings = tiny_settings(tiny_shards, tmp_path / "run", f"run.sanity_every={every}", "optim.epochs=1")
     ended = Ranks(2, disturbed, settings, 1, 5, model, timeout=60.0).join()
-    assert [code for code, _ in ended] == [1, 1]
+    assert [code for code, _ in ended] == [1, EXIT_LOST_PEER]
     status = status_of(tmp_path / "run")
     assert (status["state"], status["step"]) == ("failed", found_at)
     assert f"step {found_at}: {model}." in ended[0][1]

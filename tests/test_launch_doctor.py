@@ -33,11 +33,12 @@ def doctor(*words: str, env: dict[str, str] | None = None) -> subprocess.Complet
 
 
 def node(*words: str, env: dict[str, str] | None = None) -> NodeReport:
-    """What a node's process prints: one line, and that is its report."""
+    """What a node's process prints: its report, and nothing else."""
     done = doctor("--node", *words, env=env)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
-    return NodeReport.read(done.stdout)
+    (report,) = collect(done.stdout.splitlines(keepends=True))
+    assert done.stdout.splitlines(keepends=True) == replace(report, arrived=0.0).lines()
+    return replace(report, arrived=0.0)
 
 
 # One node, in truth
@@ -72,7 +73,7 @@ def test_a_node_tells_what_it_has(real: NodeReport, tiny_shards: Path) -> None:
     assert real.run is not None
     assert real.run.token is True
     assert {room.name for room in real.rooms} == {"memory", "run.dir"}
-    assert NodeReport.read(real.line()) == real
+    assert [replace(report, arrived=0.0) for report in collect(real.lines())] == [real]
 
 
 def test_what_another_version_reports_is_read_as_far_as_it_is_known() -> None:
@@ -335,6 +336,16 @@ def test_errors_come_first_and_what_several_nodes_share_is_told_once(fit: list[N
     assert any(line.startswith("ok      64 cores") and line.endswith("(1 node(s): n3)") for line in lines)
 
 
+def test_reports_of_many_nodes_are_told_apart_and_one_cut_off_is_none(real: NodeReport) -> None:
+    """Their lines come in any order, but for those of one node."""
+    reports = [replace(real, host=host) for host in HOSTS]
+    mixed = [line for lines in zip(*(report.lines() for report in reports), strict=True) for line in lines]
+    assert len(mixed) > len(HOSTS)
+    assert max(map(len, mixed)) < 1024  # srun passes shorter lines on unbroken
+    assert [report.host for report in collect(mixed)] == list(HOSTS)
+    assert [report.host for report in collect(mixed[:-1])] == list(HOSTS[:-1])
+
+
 def test_a_node_that_answers_late_has_no_wrong_clock(fit: list[NodeReport]) -> None:
     """Time goes on while srun starts the last node; a clock that is ahead shows all the same."""
 
@@ -343,7 +354,7 @@ def test_a_node_that_answers_late_has_no_wrong_clock(fit: list[NodeReport]) -> N
         for number, report in enumerate(fit):
             time.sleep(0.05 * number)
             ahead = 4.0 if report.host == "n3" else 0.0
-            yield replace(report, clock=time.time() + ahead).line() + "\n"
+            yield from replace(report, clock=time.time() + ahead).lines()
 
     reports = list(collect(lines()))
     assert [report.host for report in reports] == list(HOSTS)

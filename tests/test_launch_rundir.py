@@ -249,7 +249,7 @@ def test_a_result_that_cannot_be_written_is_a_failure_and_leaves_no_part(tiny_sh
     failed = subprocess.run([sys.executable, "-c", NO_ROOM, *words], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     told = f"{run}/teacher.safetensors cannot be written: No space left on device"
     assert (failed.returncode, failed.stderr.splitlines()[-1]) == (1, f"adagc train: {told}")
-    assert read_status(run) == {"state": "failed", "step": 8, "rank": 0, "reason": f"OSError: {told}"}
+    assert read_status(run) == {"state": "failed", "step": 8, "rank": 0, "cause": "error", "reason": f"OSError: {told}"}
     assert not list(run.glob("*teacher*")) + list(run.glob(".*partial"))
     subprocess.run([sys.executable, "-m", "launch.cli", *words], cwd=REPOSITORY, check=True)
     assert (read_status(run)["state"], read_status(run)["step"]) == ("finished", 8)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adagc_dist.comm import Comm, SoloComm
-from launch.world import World, usable_cores, world_context
+from launch.world import OWNS_CORES, World, share_of_cores, usable_cores, world_context
 from tests.ranks import run_ranks
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -81,6 +81,22 @@ def look_around(comm: Comm) -> tuple[int, int, int, str]:
     return comm.rank, comm.world_size, torch.get_num_threads(), torch.distributed.get_backend()
 
 
-def test_ranks_share_the_cores() -> None:
+def test_ranks_share_the_threads() -> None:
     threads = max(1, usable_cores() // 2)
     assert run_ranks(2, look_around) == [(rank, 2, threads, "gloo") for rank in range(2)]
+
+
+@pytest.mark.parametrize(("cores", "ranks"), [(8, 2), (7, 3), (2, 2), (1, 4), (96, 8)])
+def test_ranks_share_the_cores(cores: int, ranks: int) -> None:
+    shares = [share_of_cores(range(10, 10 + cores), rank, ranks) for rank in range(ranks)]
+    assert set().union(*shares) == set(range(10, 10 + cores))
+    assert all(max(share) - min(share) == len(share) - 1 for share in shares), "neighbours"
+    if cores >= ranks:
+        assert sum(map(len, shares)) == cores
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_only_a_jobs_launcher_gives_cores_away() -> None:
+    env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    assert not World.from_env(env).owns_cores
+    assert World.from_env(env | {OWNS_CORES: "1"}).owns_cores

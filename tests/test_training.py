@@ -32,6 +32,7 @@ from adagc_dist.detector import Verdict
 from adagc_dist.trainer import Moment, Trainer
 from launch import train as command
 from launch.build import build_trainer
+from launch.failure import EXIT_LOST_PEER
 from launch.recipe import dump_config, load_config
 from launch.rundir import RunFolder
 from tests.ranks import RankError, Ranks, run_ranks
@@ -113,7 +114,7 @@ def assert_trained(recipe: str | Path, settings: Sequence[str], *, ranks: int = 
 def refused(settings: Sequence[str], *, recipe: str | Path = "demo") -> str:
     """The one message of a run that may not start; rank 0 gives it, and both ranks end."""
     (code, told), (other_code, other_told) = train(recipe, settings)
-    assert (code, other_code, other_told) == (1, 1, "")
+    assert (code, other_code, other_told) == (1, EXIT_LOST_PEER, "")
     assert told.startswith("adagc train: ")
     assert told.count("\n") == 1
     return told
@@ -494,7 +495,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_which_goes_on_once_the
     ended = Ranks(2, fill_the_disk, settings, str(Position(2)), timeout=60.0).join()
     file = run / "checkpoints" / str(Position(2)) / "rows-00001-of-00002.safetensors"
     reason = f"[Errno 28] No space left on device: '{file}'"
-    assert [code for code, _ in ended] == [1, 1]
+    assert [code for code, _ in ended] == [EXIT_LOST_PEER, 1]
     assert "adagc train" not in ended[0][1]  # told once
     assert ended[1][1] == f"adagc train: rank 1: {reason}\n"
     assert (status_of(run)["state"], status_of(run)["reason"]) == ("failed", f"OSError: {reason}")
@@ -605,7 +606,7 @@ def test_a_full_disk_under_the_whole_run_ends_it_in_a_sentence_or_not_at_all(
     ended, files, names = json.loads(kept.read_text())
     told = "".join(line for _, lines in ended for line in lines.splitlines(True) if "patch" not in line)  # progress
     if on_error == "stop":
-        assert [code for code, _ in ended] == [1, 1]
+        assert [code for code, _ in ended] == [1, EXIT_LOST_PEER]
         assert re.fullmatch(rf"adagc train: .*No space left on device: '{run}/status\.json'\n", told), told
         assert names == [str(Position(1))]
         return

@@ -1,7 +1,7 @@
 """`adagc doctor [RECIPE [section.key=value ...]]`: is this machine, and is every node of a job, fit for a run?
 
-As a job's first step, `python -m launch.doctor.command --node` runs on every node and prints a line of JSON; whoever
-started it hands the lines to ``collect``, the reports to ``compare``, and shows what ``describe`` makes of both. Then
+As a job's first step, `python -m launch.doctor.command --node` runs on every node and prints lines of JSON; whoever
+started it hands them to ``collect``, the reports to ``compare``, and shows what ``describe`` makes of both. Then
 the ranks of ``launch.doctor.links`` sum something up.
 """
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Look and tell. Returns the exit code: 0 fit, 1 something is wrong, 2 wrong usage."""
     arguments = _parser().parse_intermixed_args(argv)
     if arguments.node:
-        _write_line(arguments)
+        _write_report(arguments)
         return 0
     try:
         request = _request(arguments)
@@ -61,7 +61,7 @@ def _request(arguments: argparse.Namespace) -> Request:
     return request if arguments.peer is None else Request(**vars(request) | {"peer": arguments.peer})
 
 
-def _write_line(arguments: argparse.Namespace) -> None:
+def _write_report(arguments: argparse.Namespace) -> None:
     """The report alone on stdout; whatever libraries have to say goes to stderr."""
     stdout = os.dup(1)
     os.dup2(2, 1)
@@ -70,7 +70,7 @@ def _write_line(arguments: argparse.Namespace) -> None:
     except (ValueError, OSError) as error:  # of the recipe, which this node may not see
         report = NodeReport(host=host_name(os.environ), failed={"settings": str(error)})
     with os.fdopen(stdout, "w") as stream:
-        stream.write(report.line() + "\n")
+        stream.writelines(report.lines())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "--check-seconds", type=float, default=30.0, metavar="S", help="a check that takes longer has failed (30)"
     )
     cluster = parser.add_argument_group("as the first step of a job on several nodes")
-    cluster.add_argument("--node", action="store_true", help="print this node's report as one line of JSON")
+    cluster.add_argument("--node", action="store_true", help="print this node's report as JSON, in pieces")
     cluster.add_argument("--peer", metavar="HOST", help="another node, as seen from this one")
     cluster.add_argument(
         "--token", default="", metavar="NAME", help="a file beside run.dir that another node wrote: is it seen here?"

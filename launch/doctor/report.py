@@ -1,9 +1,11 @@
-"""What one node tells about itself before a run: facts, as a line of JSON that a collector on another node reads."""
+"""What one node tells about itself before a run: facts, as JSON in pieces that a collector on another node reads."""
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -11,6 +13,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 from launch.nic import Interface
 
 __all__ = ["Folder", "Gpu", "Machine", "Model", "NodeReport", "Room", "ShardsRead", "Software", "collect"]
+
+_PIECE = 500  # characters; srun may mix lines of several nodes that are longer than its messages, of 1024 bytes
+_HEADED = re.compile(r"(\S+) (\d+)/(\d+) (.*)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,33 +153,39 @@ class NodeReport:
     rooms: tuple[Room, ...] = ()
     failed: dict[str, str] = field(default_factory=dict)
 
-    def line(self) -> str:
-        """Itself as one line of JSON."""
-        return json.dumps(dataclasses.asdict(self))
+    def lines(self) -> list[str]:
+        """Itself as JSON, in short lines that ``collect`` puts together again: HOST NUMBER/COUNT PIECE."""
+        text = json.dumps(dataclasses.asdict(self))
+        pieces = [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)]
+        return [f"{self.host} {number}/{len(pieces)} {piece}\n" for number, piece in enumerate(pieces, 1)]
 
     @classmethod
-    def read(cls, line: str) -> "NodeReport":
-        """The report in a line; what it holds and this version does not know is left out.
+    def read(cls, text: str) -> "NodeReport":
+        """The report in a text of JSON; what it holds and this version does not know is left out.
 
         Raises:
             ValueError: it is none.
         """
         try:
-            return cls(**_fields(cls, json.loads(line)))
+            return cls(**_fields(cls, json.loads(text)))
         except (TypeError, AttributeError) as error:
-            raise ValueError(f"this is no report of a node ({error}): {line[:80]!r}") from error
+            raise ValueError(f"this is no report of a node ({error}): {text[:80]!r}") from error
 
 
 def collect(lines: Iterable[str]) -> Iterator[NodeReport]:
-    """The reports among ``lines``, each with the time at which its line came: read them as they are written. Other
+    """The reports among ``lines``, each with the time at which its last line came: read them as they are written. Other
     lines (a site's greeting) are passed over.
     """
+    parts: dict[str, list[str]] = {}
     for line in lines:
-        arrived = time.time()
-        try:
-            yield dataclasses.replace(NodeReport.read(line), arrived=arrived)
-        except ValueError:
+        if not (headed := _HEADED.fullmatch(line.rstrip("\n"))):
             continue
+        host, _, count, piece = headed.groups()
+        pieces = parts.setdefault(host, [])
+        pieces.append(piece)
+        if len(pieces) == int(count):
+            with suppress(ValueError):
+                yield dataclasses.replace(NodeReport.read("".join(pieces)), arrived=time.time())
 
 
 def _fields(kind: type, record: dict[str, Any]) -> dict[str, Any]:
