@@ -72,10 +72,13 @@ def check(config: Config, world_size: int) -> None:
     """What can be known before ranks are started.
 
     Raises:
-        FileNotFoundError, ValueError: the shards, the bands or the global batch do not fit.
+        FileNotFoundError, ValueError: the shards, the bands, the global batch or DeepSpeed's settings do not fit.
     """
     from launch.data import Shards, make_plan
+    from launch.engines.deepspeed_settings import deepspeed_settings
 
+    if config.engine.name == "deepspeed":
+        deepspeed_settings(config, world_size)
     make_plan(Shards.open(config), world_size, 0)
 
 

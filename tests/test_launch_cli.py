@@ -12,7 +12,7 @@ from launch import cli
 def test_help_lists_every_command_and_an_example(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([argument]) == 0
     told = capsys.readouterr().out
-    for command in ("synth", "shard", "train", "evaluate"):
+    for command in ("synth", "shard", "doctor", "train", "evaluate"):
         assert f"\n  {command} " in told
         assert f"\n  adagc {command} " in told
 
@@ -30,7 +30,7 @@ def test_an_unknown_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -
     assert "usage: adagc COMMAND" in told.err
 
 
-@pytest.mark.parametrize("command", ["synth", "shard", "train", "evaluate"])
+@pytest.mark.parametrize("command", ["synth", "shard", "doctor", "train", "evaluate"])
 def test_the_help_of_every_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])

@@ -23,6 +23,7 @@ examples:
   python -m tests.kills                          20 kills on 2 ranks, about 5 minutes on 2 cores
   python -m tests.kills --kills 4 --seed 7       others, and fewer
   python -m tests.kills --ranks 3 --json kills.json
+  python -m tests.kills engine.name=deepspeed engine.zero_stage=2
 
 A run of 5 epochs with a rewind after the third is made once undisturbed. Then it is made again, some 6 kills a run:
 SIGKILL to one rank or to all, at a named moment of a drawn position or by the clock, and the same command again, until
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         shards = Path(folder) / "shards"
         write_tiny(shards)
-        found = _kill(KilledRuns(shards, Path(folder), arguments.ranks), arguments)
+        found = _kill(KilledRuns(shards, Path(folder), arguments.ranks, arguments.overrides), arguments)
     print(_table(found.deaths))
     print(
         f"{len(found.deaths)} kills, {arguments.ranks} ranks, seed {arguments.seed}, {time.monotonic() - start:.0f} s"
@@ -124,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    text = "keys of the recipe: another engine, another BatchNorm"
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=text)
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="SIGKILLs in all (default 20)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the moments (default 0)")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes of a run, 1 to 6 (default 2)")

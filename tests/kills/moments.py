@@ -17,7 +17,6 @@ from random import Random
 from typing import Any, Literal
 
 import adagc_dist.checkpoint
-import launch.engines.ddp
 import launch.rundir
 import launch.train
 from adagc_dist.checkpoint import CheckpointStore, Position
@@ -25,6 +24,8 @@ from adagc_dist.comm import SoloComm
 from adagc_dist.predict import SplitScorer
 from adagc_dist.store import RowStore
 from adagc_dist.trainer import Trainer
+from launch.engines.ddp import DdpEngine
+from launch.engines.deepspeed_engine import DeepSpeedEngine
 
 __all__ = ["AT_START", "CLOCK", "MOMENTS", "Kill", "Shape", "draw_kills", "train_and_die"]
 
@@ -127,6 +128,7 @@ class _Moment:
     """Before or after a call of ``owner.name``.
 
     Attributes:
+        owner: a module or a class; or several classes of which a run uses one.
         place: from the rank's trainer and the call's arguments to the position at which the call is made, in a
             checkpoint folder's words.
         positions: name of a property of ``Shape``: where it may be.
@@ -166,7 +168,7 @@ def _anywhere(trainer: Trainer | None, arguments: Sequence[Any]) -> str:
     return "anywhere"
 
 
-_CHECKPOINT, _SAVE, _ENGINE = adagc_dist.checkpoint, adagc_dist.checkpoint._Save, launch.engines.ddp.DdpEngine
+_CHECKPOINT, _SAVE, _ENGINE = adagc_dist.checkpoint, adagc_dist.checkpoint._Save, (DdpEngine, DeepSpeedEngine)
 MOMENTS = {
     "start, folder made": _Moment(launch.rundir, "_locked", "after", _anywhere, "anywhere", ranks=1),
     "start, a file half written": _Moment(Path, "replace", "before", _anywhere, "anywhere", calls=3, ranks=1),
@@ -240,14 +242,14 @@ def _arm(kill: Kill, reached: Path) -> None:
 def _wrap(moment: _Moment, kill: Kill, strike: Callable[[], None]) -> None:
     """``strike`` at the moment of ``kill``."""
     trainers: list[Trainer] = []
-    original_init, original = Trainer.__post_init__, getattr(moment.owner, moment.name)
+    original_init = Trainer.__post_init__
     calls = count(1)
 
     def init(self: Trainer) -> None:
         trainers.append(self)
         original_init(self)
 
-    def wrapped(*given: Any, **named: Any) -> Any:
+    def wrapped(original: Callable[..., Any], *given: Any, **named: Any) -> Any:
         place = moment.place(trainers[-1] if trainers else None, given)  # before the call: it may move on
         due = place in ("anywhere", str(kill.position)) and next(calls) == kill.call
         if due and moment.when == "before":
@@ -258,4 +260,10 @@ def _wrap(moment: _Moment, kill: Kill, strike: Callable[[], None]) -> None:
         return result
 
     Trainer.__post_init__ = init  # type: ignore[method-assign]
-    setattr(moment.owner, moment.name, wrapped)
+    for owner in moment.owner if isinstance(moment.owner, tuple) else (moment.owner,):
+        setattr(owner, moment.name, _bound(wrapped, getattr(owner, moment.name)))
+
+
+def _bound(wrapped: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """As a function, which becomes a method where a class has it."""
+    return lambda *given, **named: wrapped(original, *given, **named)

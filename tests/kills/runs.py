@@ -73,10 +73,10 @@ class Death:
 
 
 class KilledRuns:
-    """Runs on ``ranks`` real ranks (gloo) under ``folder``, on ``shards``."""
+    """Runs on ``ranks`` real ranks (gloo) under ``folder``, on ``shards``, with other keys as ``overrides`` say."""
 
-    def __init__(self, shards: Path, folder: Path, ranks: int) -> None:
-        self._shards, self._folder, self._ranks = shards, folder, ranks
+    def __init__(self, shards: Path, folder: Path, ranks: int, overrides: Sequence[str] = ()) -> None:
+        self._shards, self._folder, self._ranks, self._overrides = shards, folder, ranks, overrides
         self._seed = 0
 
     def undisturbed(self) -> Path:
@@ -117,7 +117,7 @@ class KilledRuns:
         return run
 
     def _start(self, run: Path, kill: Kill | None) -> Ranks:
-        arguments = ["demo", *tiny_settings(self._shards, run, *_SETTINGS, f"run.seed={self._seed}")]
+        arguments = ["demo", *tiny_settings(self._shards, run, *_SETTINGS, *self._overrides, f"run.seed={self._seed}")]
         self._signals = self._folder / f"{run.name}-signals"
         self._signals.mkdir(parents=True, exist_ok=True)
         for old in self._signals.iterdir():
