@@ -16,7 +16,7 @@ import re
 import shutil
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,10 +159,20 @@ class CheckpointStore:
     Args:
         keep: the newest ones that are kept, and those that a rewind from them needs.
         on_error: a save that fails stops the run at the next save or at the end, or is told and forgotten.
+        guard: called by rank 0 before it writes; raises a ValueError if this run may not write here any more, which
+            stops it in any case.
     """
 
-    def __init__(self, root: Path, *, comm: Comm, keep: int, on_error: Literal["stop", "continue"] = "stop") -> None:
-        self._root, self._comm, self._keep, self._on_error = root, comm, keep, on_error
+    def __init__(
+        self,
+        root: Path,
+        *,
+        comm: Comm,
+        keep: int,
+        on_error: Literal["stop", "continue"] = "stop",
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._root, self._comm, self._keep, self._on_error, self._guard = root, comm, keep, on_error, guard
         self._channel: Comm | None = None
         self._under_way: _Save | None = None
 
@@ -181,7 +191,7 @@ class CheckpointStore:
         self.open()
         assert self._channel is not None
         copied = _on_host(content, shared=self._comm.rank == 0)
-        self._under_way = _Save(self._root, position, copied, comm=self._channel, keep=self._keep)
+        self._under_way = _Save(self._root, position, copied, comm=self._channel, keep=self._keep, guard=self._guard)
         self._under_way.start()
 
     def wait(self, *, strict: bool = False) -> None:
@@ -199,7 +209,7 @@ class CheckpointStore:
         ended.join()
         if ended.error is None:
             return
-        if strict or self._on_error == "stop":
+        if strict or self._on_error == "stop" or isinstance(ended.error, ValueError):
             raise ended.error
         log.warning("no checkpoint was written: %s. The run goes on (run.on_save_error=continue)", ended.error)
 
@@ -240,9 +250,12 @@ class CheckpointStore:
 class _Save(threading.Thread):
     """One save, in the background of all ranks; afterwards ``error`` is set on all of them or on none."""
 
-    def __init__(self, root: Path, position: Position, content: Content, *, comm: Comm, keep: int) -> None:
+    def __init__(
+        self, root: Path, position: Position, content: Content, *, comm: Comm, keep: int, guard: Callable[[], None]
+    ) -> None:
         super().__init__(name=f"save {position}", daemon=True)
         self._root, self._position, self._content, self._comm, self._keep = root, position, content, comm, keep
+        self._guard = guard
         self._folder = root / str(position)
         self.error: Exception | None = None
 
@@ -252,7 +265,8 @@ class _Save(threading.Thread):
         except Exception as error:
             self.error = error
             traceback.clear_frames(error.__traceback__)  # they hold parts of the copy
-            if self._comm.rank == 0 and not (self._folder / _MARKER).exists():  # else only the pruning failed
+            guarded, complete = isinstance(error, ValueError), (self._folder / _MARKER).exists()
+            if self._comm.rank == 0 and not guarded and not complete:  # another's, or only the pruning failed
                 shutil.rmtree(self._folder, ignore_errors=True)  # a full disk needs the room
         finally:
             del self._content  # a copy of all that is learnt, and nobody needs it any more
@@ -260,6 +274,7 @@ class _Save(threading.Thread):
     def _write(self) -> None:
         with first_error_everywhere(self._comm):
             if self._comm.rank == 0:
+                self._guard()
                 _fresh_directory(self._folder)
         with first_error_everywhere(self._comm):
             files = self._write_files()
@@ -273,6 +288,7 @@ class _Save(threading.Thread):
                     "needs": None if needs is None else [needs.epoch, needs.step],
                     "files": {name: entry for part in entries for name, entry in part.items()},
                 }
+                self._guard()
                 write_json(self._folder / _MARKER, marker)
                 _sync_folder(self._folder)
                 _prune_or_tell(self._root, self._keep)

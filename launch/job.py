@@ -9,7 +9,9 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 from adagc_dist.checkpoint import CheckpointStore
@@ -26,6 +28,8 @@ from launch.supervise import EXIT_STOPPED, supervise
 
 __all__ = ["TrainingJob", "main"]
 
+_MARGIN_MINUTES = 2.0  # above engine.timeout_minutes, for ranks to end
+_LOOK_SECONDS = 20
 _PREEMPTED = 128 + 15  # Slurm tells the steps only, of which one that is not in training yet just ends
 
 _EPILOG = """\
@@ -41,26 +45,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the environment describes; returns its exit code."""
     arguments = _parser().parse_intermixed_args(argv)
     if "SLURM_JOB_ID" not in os.environ:
-        from launch.train import main as train_here
-
-        option = ["--nproc-per-node", str(arguments.nproc_per_node)] if arguments.nproc_per_node else []
-        return train_here([arguments.recipe, *arguments.overrides, *option])
+        return _train_here(arguments)
     from launch.failure import exit_code
     from launch.recipe import load_config
     from launch.train import check
 
     try:
-        config = load_config(arguments.recipe, arguments.overrides)
         allocation = Allocation.from_env(os.environ, JobControl.hosts(os.environ["SLURM_JOB_NODELIST"]))
+        config = load_config(arguments.recipe, arguments.overrides)
+        if allocation.gpus and config.engine.device == "auto":
+            arguments.overrides.append("engine.device=cuda")  # not to train on a GPU node's cores without a word
+            config = load_config(arguments.recipe, arguments.overrides)
     except (ValueError, SlurmError) as error:
         print(f"launch.job: {error}", file=sys.stderr)
         return 2
     ranks: int = arguments.nproc_per_node or allocation.gpus or 1
-    steps = Steps(allocation, ranks, config.data.workers, arguments.join_seconds)
+    steps = Steps(allocation, ranks, config.data.workers, arguments.join_seconds, tuple(arguments.python.split()))
     job = TrainingJob(config, steps, arguments)
 
     def ready() -> None:
-        check_unused(config)
+        if not allocation.restarts:
+            check_unused(config)
         check(config, ranks * len(allocation.hosts))
 
     return exit_code("launch.job", ready) or job.run()
@@ -73,19 +78,22 @@ class TrainingJob:
         self._config, self._steps, self._arguments = config, steps, arguments
         self._allocation, self._run = steps.allocation, config.run_path
         self._logs = self._run / LOGS / self._allocation.start
-        self._control = JobControl(self._allocation.job)
+        self._control = JobControl(self._allocation.name)
         self._starts = StartLog(self._run)
         self._unfit = ""  # what the preflight has against a start
 
     def run(self) -> int:
         """From the preflight to the verdict; returns the exit code."""
-        self._logs.mkdir(parents=True, exist_ok=True)
-        found = self._reached()
-        allocation = self._allocation
+        found, allocation = self._reached(), self._allocation
+        if allocation.restarts and read_status(self._run).get("state") == "finished":  # Slurm took that for lost
+            self._tell("finished by the start before")
+            return 0
+        self._logs = _fresh(self._logs)
         start = Start(allocation.job, allocation.restarts, found, allocation.hosts, time.time())
         self._starts.begin(start)
         self._tell(
-            f"start {allocation.start} on {', '.join(allocation.hosts)}, {self._steps.ranks} rank(s) each, "
+            f"start {self._logs.name} on {', '.join(allocation.hosts)}, {self._steps.ranks} rank(s) and "
+            f"{allocation.gpus} GPU(s) each, "
             + ("from the beginning" if found is None else f"from epoch {found[0]} step {found[1]}")
         )
         before = _changed(self._run / "status.json")
@@ -98,7 +106,7 @@ class TrainingJob:
             if not trained and self._control.preempted():
                 code = _PREEMPTED
         reached = self._reached()
-        verdict = self._decide(End(code, read_status(self._run) if trained else {}, moved=reached != found), reached)
+        verdict = self._decide(End(code, read_status(self._run) if trained else {}), moved=reached != found)
         self._starts.end(start, verdict, reached)
         self._tell(verdict.why)
         if verdict.requeue:
@@ -108,18 +116,47 @@ class TrainingJob:
     def _train(self) -> int:
         """The preflight and the ranks; returns an exit code as supervise wants it."""
         words = [self._arguments.recipe, *self._arguments.overrides]
-        if self._arguments.preflight == "yes":
-            self._unfit = preflight(self._steps, self._config, words, self._logs)
+        self._unfit = self._still_used() or self._look_over(words)
         if self._unfit:
             return 1
-        code = self._steps.run_ranks("launch.train", words, name=self._allocation.start, logs=self._logs)
-        return 1 if code else 0
+        return min(1, self._steps.run_ranks("launch.train", words, name=self._logs.name, logs=self._logs))
 
-    def _decide(self, end: End, reached: list[int] | None) -> Verdict:
-        idle = 0 if end.moved else self._starts.idle(self._allocation.job, reached)
+    def _still_used(self) -> str:
+        """Empty when nobody trains in the run's folder; the start before may live on for a while, on a node that Slurm
+        has lost, until its ranks miss each other.
+        """
+        ends = time.monotonic() + 60 * (self._config.engine.timeout_minutes + _MARGIN_MINUTES)
+        told = ""
+        while self._allocation.restarts:
+            try:
+                check_unused(self._config)
+                break
+            except ValueError as error:
+                if time.monotonic() > ends:
+                    return str(error)
+                if not told:
+                    told = str(error)
+                    _say(f"{told.partition(': wait')[0]}: waiting for it to end")
+                time.sleep(_LOOK_SECONDS)
+        return ""
+
+    def _look_over(self, words: Sequence[str]) -> str:
+        """What the preflight has against a start, twice: a job that was here before may still be leaving."""
+        unfit = ""
+        for attempt in (1, 2) if self._arguments.preflight == "yes" else ():
+            unfit = preflight(self._steps, self._config, words, self._logs, attempt)
+            if not unfit:
+                break
+            if attempt == 1:
+                _say(f"{unfit}; once more in {_LOOK_SECONDS} s")
+                time.sleep(_LOOK_SECONDS)
+        return unfit
+
+    def _decide(self, end: End, *, moved: bool) -> Verdict:
+        idle = 0 if moved else self._starts.idle(self._allocation.job, self._reached())
         limits = Limits(self._arguments.max_restarts, self._arguments.max_idle)
         verdict = decide(end, restarts=self._allocation.restarts, idle=idle, limits=limits)
-        if not verdict.requeue or (state := self._control.state()) == "RUNNING":
+        if not verdict.requeue or (state := self._control.state()) in ("RUNNING", "UNKNOWN"):
             return verdict
         why = f"{verdict.why.partition('; ')[0]}; left to Slurm, for which the job is {state} by now"
         return replace(verdict, requeue=False, why=why)
@@ -139,6 +176,26 @@ class TrainingJob:
     def _tell(self, text: str) -> None:
         _say(text)
         self._control.comment(f"adagc: {text.splitlines()[0]}"[:200])
+
+
+def _train_here(arguments: argparse.Namespace) -> int:
+    from torch.cuda import device_count
+
+    from launch.train import main as train
+
+    ranks = arguments.nproc_per_node or device_count() or 1
+    return train([arguments.recipe, *arguments.overrides, "--nproc-per-node", str(ranks)])
+
+
+def _fresh(folder: Path) -> Path:
+    """A new folder of this name, or FOLDER-2, FOLDER-3 ... where this allocation has started the run before."""
+    name = folder.name
+    for number in count(2):
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+        folder = folder.with_name(f"{name}-{number}")
+    return folder
 
 
 def _changed(file: Path) -> int:
@@ -166,6 +223,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-idle", type=int, default=3, metavar="N", help=text)
     text = "look the nodes over before the ranks start (default yes)"
     parser.add_argument("--preflight", choices=["yes", "no"], default="yes", help=text)
+    text = "words that start Python in each step, as of a container: 'apptainer exec --nv image.sif python'"
+    parser.add_argument("--python", default=sys.executable, metavar="WORDS", help=text)
     text = "how long the nodes wait for each other at the start (300)"
     parser.add_argument("--join-seconds", type=int, default=300, metavar="S", help=text)
     return parser

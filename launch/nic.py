@@ -60,7 +60,8 @@ def environment(interface: Interface | None, env: Mapping[str, str]) -> dict[str
     """The variables for gloo and NCCL that ``env`` leaves open."""
     if interface is None:
         return {}
-    return {variable: interface.name for variable in _VARIABLES if variable not in env}
+    exact = {"GLOO_SOCKET_IFNAME": interface.name, "NCCL_SOCKET_IFNAME": f"={interface.name}"}  # else a prefix
+    return {variable: name for variable, name in exact.items() if variable not in env}
 
 
 def source_address(peer: str) -> str:

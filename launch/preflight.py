@@ -14,12 +14,13 @@ __all__ = ["preflight"]
 _REPORT_SECONDS = 150  # each check has a deadline of its own
 
 
-def preflight(steps: Steps, config: Config, words: Sequence[str], logs: Path) -> str:
+def preflight(steps: Steps, config: Config, words: Sequence[str], logs: Path, attempt: int = 1) -> str:
     """Look the nodes over and show what was found; says what forbids to start, or nothing.
 
     Args:
         words: recipe and overrides, as the ranks will get them.
         logs: this start's folder, on the nodes' shared file system.
+        attempt: of this start; has a folder of its own.
     """
     hosts = steps.allocation.hosts
     token = logs / "seen-by-all-nodes"
@@ -35,9 +36,9 @@ def preflight(steps: Steps, config: Config, words: Sequence[str], logs: Path) ->
         return "the preflight has found errors, told above"
     if len(hosts) * steps.ranks == 1:
         return ""
-    links = logs / "links"
+    links = logs / f"links{attempt}"
     links.mkdir()
     device = ["--device", config.engine.device]
-    if steps.run_ranks("launch.doctor.links", device, name=f"{steps.allocation.start}.links", logs=links):
+    if steps.run_ranks("launch.doctor.links", device, name=f"{logs.name}.{links.name}", logs=links):
         return f"the ranks cannot work together: {explain(links, hosts)}"
     return ""

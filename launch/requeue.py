@@ -34,12 +34,10 @@ class End:
         code: of the supervisor: 0, 75 stopped, above 128 ended by a signal before there was anything to save, else
             failed.
         status: the run's status.json, if this start has written it.
-        moved: whether there is a newer checkpoint than at this start.
     """
 
     code: int
     status: Mapping[str, object]
-    moved: bool
 
 
 @dataclass(frozen=True)
@@ -62,23 +60,30 @@ def decide(end: End, *, restarts: int, idle: int, limits: Limits) -> Verdict:
         restarts: how often this job was requeued before.
         idle: starts in a row, this one included, that found the run where it is now; 0 if this one moved it.
     """
-    told = str(end.status.get("reason", ""))
-    if end.code == 0:
+    told, state = str(end.status.get("reason", "")), end.status.get("state")
+    if end.code == 0 and state == "finished":
         return Verdict(False, 0, "finished")
     if end.code == 75 and told == _BY_A_PERSON:
         return Verdict(False, 75, f"stopped by {told}; submit it again to go on")
-    if end.code == 1 and not end.status:
+    if end.code == 1 and not end.status and not restarts:
         return Verdict(False, 1, "failed before it trained: the cause is above")
-    if end.code == 1 and end.status.get("cause") != "lost":
+    if end.code == 1 and state == "failed" and end.status.get("cause") != "lost":
         return Verdict(False, 1, f"failed, and would fail again: {told}")
-    why = {75: f"stopped ({told}) and saved", 1: "lost a rank or a node"}.get(end.code, "ended before it could save")
+    code, why = end.code or 75, _why(end)
     if restarts >= limits.restarts:
-        return Verdict(False, end.code, f"{why}; not requeued: {restarts} restarts are the limit")
-    if end.code == 1 and not end.moved:
-        return Verdict(False, 1, f"{why}; not requeued: no checkpoint is newer than at this start")
+        return Verdict(False, code, f"{why}; not requeued: {restarts} restarts are the limit")
     if idle >= limits.idle:
-        return Verdict(False, end.code, f"{why}; not requeued: no newer checkpoint in {idle} starts")
-    return Verdict(True, end.code, f"{why}; requeued, restart {restarts + 1} of at most {limits.restarts}")
+        return Verdict(False, code, f"{why}; not requeued: no newer checkpoint in {idle} starts")
+    return Verdict(True, code, f"{why}; requeued, restart {restarts + 1} of at most {limits.restarts}")
+
+
+def _why(end: End) -> str:
+    """For an end after which the same command may go on."""
+    if end.code == 75:
+        return f"stopped ({end.status.get('reason', '')}) and saved"
+    if end.code == 1:  # of a job that has been accepted before: nodes that are not fit, or do not meet
+        return "lost a rank or a node" if end.status else "failed before it could go on"
+    return "ended before it could save" if end.code else "ended without a word on how"  # a disk that took none
 
 
 @dataclass(frozen=True)

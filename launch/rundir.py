@@ -10,15 +10,12 @@ teacher.safetensors   the trained model, with classes, bands and statistics as m
 checkpoints/  tensorboard/  logs/ (of Slurm jobs: every rank's output, and starts.jsonl)
 """
 
-import fcntl
 import json
 import logging
-import os
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 from safetensors.torch import save_file
 
@@ -38,6 +35,7 @@ from adagc_dist.tracking import (
 )
 from adagc_dist.trainer import Moment, Trainer
 from launch.failure import is_lost_peer
+from launch.lock import RunLock
 from launch.recipe import dump_config, flatten, load_config
 from launch.stop import STOP_FILE
 
@@ -76,7 +74,7 @@ class RunFolder:
 
     def __init__(self, config: Config, comm: Comm) -> None:
         self._config, self._comm, self._path = config, comm, config.run_path
-        self._lock: IO[str] | None = None
+        self._lock = RunLock(self._path / _LOCK, f"run.dir={config.run.dir}")
         self._started = time.monotonic()
         self._continued: Position | None = None
         self.stop_file = self._path / STOP_FILE
@@ -85,6 +83,7 @@ class RunFolder:
             comm=comm,
             keep=config.run.keep_checkpoints,
             on_error=config.run.on_save_error,
+            guard=self._lock.check,
         )
 
     def check(self) -> None:
@@ -120,7 +119,7 @@ class RunFolder:
         with first_error_everywhere(self._comm):
             if self._comm.rank == 0:
                 self._path.mkdir(parents=True, exist_ok=True)
-                self._lock = _locked(self._path / _LOCK, f"run.dir={self._config.run.dir}")
+                self._lock.hold()
                 self._check_unchanged()
                 for left in self._path.glob(".*.partial"):  # by a process that was killed
                     left.unlink()
@@ -160,6 +159,7 @@ class RunFolder:
     def _finished(self, trainer: Trainer) -> None:
         """Write the trained teacher and the final status; a request to stop came too late."""
         if self._comm.rank == 0:
+            self._lock.check()
             self.stop_file.unlink(missing_ok=True)
             metadata = {name: json.dumps(value) for name, value in trainer.data.items()}
             tensors = {name: tensor.cpu().contiguous() for name, tensor in trainer.teacher.model.state_dict().items()}
@@ -190,7 +190,9 @@ class RunFolder:
             cause = "lost"
         moment, rank = trainer.moment, self._comm.rank
         status = {"state": "failed", "step": moment.step, "rank": rank, "cause": cause, "reason": reason}
-        with suppress(OSError):  # a full disk may be what failed
+        with suppress(OSError, ValueError):  # a full disk may be what failed, or the lock
+            if rank == 0:
+                self._lock.check()
             write_json(self._path / "status.json", status)
 
     def _told_by_another(self, seconds: float = 5.0) -> bool:
@@ -293,14 +295,15 @@ def check_unused(config: Config) -> None:
         ValueError: another process is.
     """
     if (config.run_path / _LOCK).exists():
-        _locked(config.run_path / _LOCK, f"run.dir={config.run.dir}").close()
+        with RunLock(config.run_path / _LOCK, f"run.dir={config.run.dir}"):
+            return
 
 
 def mark_failed(run: Path) -> None:
     """A run whose ranks are gone is not running, whoever of them failed; one whose lock is held is somebody else's."""
     if not (run / "status.json").is_file():
         return
-    with suppress(OSError, ValueError), _locked(run / _LOCK, str(run)):  # a full disk may be what failed
+    with suppress(OSError, ValueError), RunLock(run / _LOCK, str(run)):  # a full disk may be what failed
         status = read_status(run)
         if status.get("state") == "running":
             reason = "a rank failed; see the terminal's output"
@@ -310,17 +313,3 @@ def mark_failed(run: Path) -> None:
 def _is_beginning(path: Path) -> bool:
     """What a run leaves that was killed before it had a config.yaml, and what a job writes before its ranks start."""
     return path.name in (_LOCK, LOGS) or (path.name.startswith(".") and path.name.endswith(".partial"))
-
-
-def _locked(path: Path, name: str) -> IO[str]:
-    """An open file with an exclusive lock that ends with the process, however it ends."""
-    stream = path.open("w")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        stream.close()
-        raise ValueError(
-            f"{name} is in use by another process that trains there: wait for it, or name another"
-        ) from error
-    os.register_at_fork(after_in_child=stream.close)  # a reading process that outlives us holds no lock
-    return stream

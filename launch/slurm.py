@@ -2,12 +2,15 @@
 
 import re
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 __all__ = ["Allocation", "JobControl", "NodePlace", "SlurmError"]
 
 _ANSWER_SECONDS = 60
+_PAUSES = (2, 15)  # seconds between tries
 _COUNTS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
@@ -21,6 +24,7 @@ class Allocation:
 
     Attributes:
         job: Slurm's number of it; an array's task has one of its own.
+        name: under which scontrol knows it and no other: that number, or ARRAY_TASK.
         hosts: names of the nodes; the first runs the batch script.
         cpus: cores a node, the least of all.
         gpus: GPUs a node.
@@ -28,6 +32,7 @@ class Allocation:
     """
 
     job: str
+    name: str
     hosts: tuple[str, ...]
     cpus: int
     gpus: int
@@ -50,12 +55,15 @@ class Allocation:
                 "--ntasks-per-node=1 (each node's task starts its ranks; --cpus-per-task=... and --gpus-per-node=... "
                 "give them cores and GPUs)"
             )
+        array = env.get("SLURM_ARRAY_JOB_ID")
         counts = _COUNTS.findall(env.get("SLURM_JOB_CPUS_PER_NODE", "1"))
         return cls(
             job=env["SLURM_JOB_ID"],
+            # the number of one task of an array is that of the whole array, too
+            name=f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"],
             hosts=tuple(hosts),
             cpus=int(env.get("SLURM_CPUS_PER_TASK", min(int(count) for count, _ in counts))),
-            gpus=int(env.get("SLURM_GPUS_ON_NODE", "0")),
+            gpus=_gpus(env),
             restarts=int(env.get("SLURM_RESTART_COUNT", "0")),
         )
 
@@ -66,8 +74,10 @@ class Allocation:
 
     @property
     def port(self) -> int:
-        """For the rendezvous; another than those of the jobs beside this one on a node."""
-        return 20000 + int(self.job) % 20000
+        """For the rendezvous; another than those of the jobs beside this one on a node, and than those that the kernel
+        gives away (from 32768).
+        """
+        return 20000 + int(self.job) % 12000
 
     def step(self, command: Sequence[str]) -> list[str]:
         """The srun command that runs ``command`` once on each node, on all its cores, and ends all if one fails; what
@@ -77,6 +87,8 @@ class Allocation:
         return [
             "srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--cpus-per-task={self.cpus}",
             "--cpu-bind=cores", "--kill-on-bad-exit=1", "--wait=60", "--input=none",
+            # a step of an exclusive job gets no GPU that it does not name
+            *([f"--gpus-per-node={self.gpus}"] if self.gpus else []),
             # also where the job was submitted with --export=NONE; c10d warns of each host without a reverse name
             "--export=ALL,TORCH_CPP_LOG_LEVEL=ERROR", *command,
         ]  # fmt: skip
@@ -99,8 +111,18 @@ class NodePlace:
         return cls(env["SLURMD_NODENAME"], env["SLURM_NODEID"] == "0")
 
 
+def _gpus(env: Mapping[str, str]) -> int:
+    """On a node: of a batch script; or as asked for ("4", "a100:4"), where salloc tells no more."""
+    on_node = env.get("SLURM_GPUS_ON_NODE") or env.get("SLURM_GPUS_PER_NODE", "0").rpartition(":")[2]
+    return int(on_node)
+
+
 class JobControl:
-    """scontrol, for one job."""
+    """scontrol, for one job.
+
+    Args:
+        job: ``Allocation.name``.
+    """
 
     def __init__(self, job: str) -> None:
         self._job = job
@@ -117,7 +139,10 @@ class JobControl:
     @staticmethod
     def address(host: str) -> str:
         """Under which Slurm itself reaches a node: its name need not be one that resolves."""
-        found = re.search(r"NodeAddr=(\S+)", _scontrol("show", "node", host, "--oneliner"))
+        try:
+            found = re.search(r"NodeAddr=(\S+)", _scontrol("show", "node", host, "--oneliner", "--all"))
+        except SlurmError:
+            return host
         return found[1] if found else host
 
     def state(self) -> str:
@@ -139,7 +164,7 @@ class JobControl:
     def comment(self, text: str) -> None:
         """Shown by `squeue --Format=JobID,Comment`; a site may have turned it off."""
         try:
-            _scontrol("update", f"JobId={self._job}", f"Comment={text}")
+            _ask_once(("update", f"JobId={self._job}", f"Comment={text}"))
         except SlurmError:
             return
 
@@ -153,6 +178,15 @@ class JobControl:
 
 
 def _scontrol(*words: str) -> str:
+    """Raises a SlurmError after three tries: a busy controller answers late, or not at all."""
+    for pause in _PAUSES:
+        with suppress(SlurmError):
+            return _ask_once(words)
+        time.sleep(pause)
+    return _ask_once(words)
+
+
+def _ask_once(words: Sequence[str]) -> str:
     try:
         done = subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=_ANSWER_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -22,12 +22,14 @@ class Steps:
     ranks: on each node.
     workers: reading processes of each rank.
     join_seconds: how long nodes wait for each other.
+    python: words that start Python on a node.
     """
 
     allocation: Allocation
     ranks: int
     workers: int = 0
     join_seconds: int = 300
+    python: tuple[str, ...] = (sys.executable,)
 
     def run_ranks(self, module: str, words: Sequence[str], *, name: str, logs: Path) -> int:
         """Run ``python -m module words`` as the ranks of all nodes; returns 0, or srun's exit code.
@@ -67,7 +69,7 @@ class Steps:
             clock.cancel()
 
     def _python(self, module: str, *words: str) -> list[str]:
-        return self.allocation.step([sys.executable, "-m", module, *words])
+        return self.allocation.step([*self.python, "-m", module, *words])
 
 
 @contextmanager

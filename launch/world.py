@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import distributed as dist
@@ -82,11 +83,21 @@ def usable_cores() -> int:
 
 def share_of_cores(cores: Collection[int], local_rank: int, local_world_size: int) -> set[int]:
     """Neighbouring cores for one of the ranks, which share all of them; one where they are fewer than ranks."""
-    ordered = sorted(cores)
+    ordered = sorted(cores, key=_place)
     if len(ordered) < local_world_size:
         return {ordered[local_rank % len(ordered)]}
     first, end = (len(ordered) * rank // local_world_size for rank in (local_rank, local_rank + 1))
     return set(ordered[first:end])
+
+
+def _place(core: int) -> tuple[int, int, int]:
+    """Socket, physical core and number; where the kernel does not tell, the number."""
+    topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
+    try:
+        socket, physical = (int((topology / name).read_text()) for name in ("physical_package_id", "core_id"))
+    except OSError:
+        return 0, core, core
+    return socket, physical, core
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def test_without_a_fabric_it_is_the_one_on_the_way() -> None:
 
 def test_the_variables_name_it_where_the_site_has_not() -> None:
     assert environment(None, {}) == {}
-    assert environment(ETHERNET, {}) == {"GLOO_SOCKET_IFNAME": "eno1", "NCCL_SOCKET_IFNAME": "eno1"}
+    assert environment(ETHERNET, {}) == {"GLOO_SOCKET_IFNAME": "eno1", "NCCL_SOCKET_IFNAME": "=eno1"}
     assert environment(ETHERNET, {"NCCL_SOCKET_IFNAME": "eno2"}) == {"GLOO_SOCKET_IFNAME": "eno1"}
 
 

@@ -14,8 +14,8 @@ LOST = {"state": "failed", "cause": "lost", "reason": "a rank failed"}
 ERROR = {"state": "failed", "cause": "error", "reason": "ValueError: a shard is damaged"}
 
 
-def verdict(code: int, status: dict[str, Any], *, moved: bool = True, restarts: int = 0, idle: int = 0) -> Verdict:
-    return decide(End(code, status, moved), restarts=restarts, idle=idle, limits=Limits(restarts=5, idle=3))
+def verdict(code: int, status: dict[str, Any], *, restarts: int = 0, idle: int = 0) -> Verdict:
+    return decide(End(code, status), restarts=restarts, idle=idle, limits=Limits(restarts=5, idle=3))
 
 
 @pytest.mark.parametrize("reason", [reason for reason in StopReason if reason is not StopReason.FILE])
@@ -42,18 +42,30 @@ def test_what_a_person_or_an_error_has_ended_stays_so(code: int, status: dict[st
     assert why in found.why
 
 
-def test_a_lost_rank_is_worth_a_restart_if_something_was_learnt() -> None:
-    assert verdict(1, LOST).requeue
-    found = verdict(1, LOST, moved=False)
-    assert not found.requeue
-    assert found.code == 1
-    assert "no checkpoint is newer" in found.why
+def test_what_keeps_a_job_from_training_may_pass_if_it_has_trained_before() -> None:
+    """Its settings were accepted then: a node that is not fit, a network that fails."""
+    assert not verdict(1, {}, restarts=0).requeue
+    found = verdict(1, {}, restarts=1, idle=1)
+    assert found.requeue
+    assert "failed before it could go on" in found.why
+    assert not verdict(1, {}, restarts=1, idle=3).requeue
+    assert not verdict(1, ERROR, restarts=1).requeue
 
 
-@pytest.mark.parametrize("end", [(75, STOPPED), (143, {})])
-def test_stops_without_progress_are_borne_for_some_starts(end: tuple[int, dict[str, Any]]) -> None:
-    assert verdict(*end, moved=False, idle=2).requeue
-    found = verdict(*end, moved=False, idle=3)
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_status_that_nobody_could_write_is_no_end(code: int) -> None:
+    """A full disk, or a lock that a lost node still holds: the ranks are gone, and it says that they run."""
+    for status in ({"state": "running"}, {} if code == 0 else {"state": "running", "step": 3}):
+        assert verdict(code, status).requeue
+        found = verdict(code, status, idle=3)
+        assert not found.requeue
+        assert found.code == (code or 75)
+
+
+@pytest.mark.parametrize("end", [(75, STOPPED), (143, {}), (1, LOST)])
+def test_ends_without_progress_are_borne_for_some_starts(end: tuple[int, dict[str, Any]]) -> None:
+    assert verdict(*end, idle=2).requeue
+    found = verdict(*end, idle=3)
     assert not found.requeue
     assert found.code == end[0]
     assert "no newer checkpoint in 3 starts" in found.why

@@ -1,5 +1,6 @@
 """Who may train in a folder."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -126,6 +127,40 @@ def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="in use by another process that trains there"):
             folder(tmp_path / "run").claim()
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.usefixtures("no_log")
+def test_who_was_taken_over_writes_no_more(tmp_path: Path) -> None:
+    """The file system gave the lock away, for the network was cut; or it keeps none."""
+    run = tmp_path / "run"
+    mine = folder(run, "run.on_save_error=continue")
+    mine.claim()
+    content = Content({"student": {"a": torch.ones(2)}}, None, {})
+    mine.checkpoints.save(Position(1), content)
+    mine.checkpoints.wait()
+    (run / ".lock").write_text("process 7 on n2")
+    mine.checkpoints.save(Position(2), content)
+    with pytest.raises(ValueError, match="was taken over by process 7 on n2"):
+        mine.checkpoints.wait()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [str(Position(1))]
+
+
+@pytest.mark.usefixtures("no_log")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told_and_used(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    first, second = folder(tmp_path / "run"), folder(tmp_path / "run")
+    first.claim()
+    assert "this file system keeps no locks" in caplog.text
+    second.claim()
+    first.checkpoints.save(Position(1), Content({"student": {"a": torch.ones(2)}}, None, {}))
+    with pytest.raises(ValueError, match="was taken over by process"):
+        first.checkpoints.wait()
 
 
 HOLDER = """

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +22,38 @@ START_SECONDS = 90
 Weights = dict[str, bytes]
 
 
+def site(shards: Path, folder: Path, *, epochs: int = EPOCHS) -> dict[str, str]:
+    """The script's site block, set from the environment, for a tiny recipe and a run in ``folder``."""
+    settings = tiny_settings(shards, folder / "run", f"optim.epochs={epochs}", "run.checkpoint_every=3 steps")
+    recipe: dict[str, dict[str, str]] = {}
+    for setting in settings:
+        section, key, value = re.split(r"[.=]", setting, maxsplit=2)
+        recipe.setdefault(section, {})[key] = value
+    text = "".join(
+        f"{section}: {{{', '.join(f'{key}: {value}' for key, value in keys.items())}}}\n"
+        for section, keys in recipe.items()
+    )
+    (folder / "tiny.yaml").write_text(text)
+    return {
+        "ADAGC_RECIPE": str(folder / "tiny.yaml"),
+        "ADAGC_SHARDS": str(shards),
+        "ADAGC_RUN": str(folder / "run"),
+        "ADAGC_HOME": str(SCRIPT.parents[1]),
+        "GOMP_SPINCOUNT": "0",  # both nodes compute on the same cores
+    }
+
+
 class Training:
     """A run, by jobs of the shipped script."""
 
     def __init__(self, slurm: Cluster, shards: Path, folder: Path, *, epochs: int = EPOCHS) -> None:
         self.run = folder / "run"
         self.job = 0
+        self.env = site(shards, folder, epochs=epochs)
         self._slurm, self._folder = slurm, folder
-        settings = tiny_settings(shards, self.run, f"optim.epochs={epochs}", "run.checkpoint_every=3 steps")
-        recipe: dict[str, dict[str, str]] = {}
-        for setting in settings:
-            section, key, value = re.split(r"[.=]", setting, maxsplit=2)
-            recipe.setdefault(section, {})[key] = value
-        text = "".join(
-            f"{section}: {{{', '.join(f'{key}: {value}' for key, value in keys.items())}}}\n"
-            for section, keys in recipe.items()
-        )
-        (folder / "tiny.yaml").write_text(text)
-        self._env = {
-            "ADAGC_RECIPE": str(folder / "tiny.yaml"),
-            "ADAGC_SHARDS": str(shards),
-            "ADAGC_RUN": str(self.run),
-            "ADAGC_HOME": str(SCRIPT.parents[1]),
-            "GOMP_SPINCOUNT": "0",  # both nodes compute on the same cores
-        }
 
     def submit(self, *options: str, job_options: str = "--preflight no") -> int:
-        env = self._env | {"ADAGC_JOB_OPTIONS": job_options}
+        env = self.env | {"ADAGC_JOB_OPTIONS": job_options}
         self.job = self._slurm.sbatch(SCRIPT, options=options, env=env, cwd=self._folder)
         return self.job
 
@@ -115,9 +122,16 @@ def undisturbed(slurm_daemons: Cluster, tiny_shards: Path, tmp_path_factory: pyt
 def test_a_job_that_is_asked_to_go_comes_back_and_ends_with_the_same_weights(
     slurm: Cluster, tiny_shards: Path, tmp_path: Path, undisturbed: Weights
 ) -> None:
+    """Its shards are staged on the nodes' own disks, and its steps start Python as those of a container do."""
     training = Training(slurm, tiny_shards, tmp_path)
+    training.env["ADAGC_CACHE"] = str(slurm.local_disk / "cache")
+    training.env["ADAGC_STEP_PYTHON"] = f"env IN_CONTAINER=1 {sys.executable}"
     job = training.submit()
     training.wait_trained()
+    _, pid = training.rank(1)
+    assert b"IN_CONTAINER=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    staged = [path for node in slurm.nodes for path in node.local_disk.glob("cache/*/*.tar")]
+    assert {path.name for path in staged} >= {path.name for path in tiny_shards.glob("train-*.tar")}
     slurm.run("scancel", "--signal=USR1", "--batch", str(job))  # what --signal=B:USR1@... sends before the time limit
     slurm.wait(job, "PENDING")
     assert training.comment().startswith("adagc: stopped (SIGUSR1) and saved; requeued, restart 1 of")
@@ -214,11 +228,20 @@ def test_slurm_signals_before_the_time_limit_and_the_job_goes_on(
 
 def test_an_error_of_the_users_is_told_once_and_not_requeued(slurm: Cluster, tiny_shards: Path, tmp_path: Path) -> None:
     training = Training(slurm, tiny_shards, tmp_path)
-    training._env["ADAGC_SHARDS"] = str(tmp_path / "nowhere")
+    training.env["ADAGC_SHARDS"] = str(tmp_path / "nowhere")
     job = training.submit()
     assert slurm.wait(job, "COMPLETED", "FAILED") == "FAILED"
     assert f"{tmp_path}/nowhere" in training.log()
     assert not training.run.exists()
+
+
+def test_without_slurm_it_trains_on_this_machine(tiny_shards: Path, tmp_path: Path) -> None:
+    others = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    env = others | site(tiny_shards, tmp_path, epochs=1) | {"ADAGC_RANKS_PER_NODE": "2"}
+    done = subprocess.run(["bash", SCRIPT, "optim.warmup_steps=2"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 rank(s) on cpu" in done.stdout
+    assert "warmup_steps: 2\n" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPT.parent.glob("*.sh")), ids=lambda path: path.name)
