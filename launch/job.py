@@ -102,7 +102,7 @@ class TrainingJob:
         if trained and code not in (0, EXIT_STOPPED):
             mark_failed(self._run)
         if code == 1:
-            _say(self._unfit or explain(self._logs, allocation.hosts))
+            _say(self._unfit or explain(self._logs, allocation.hosts) or "no rank says why: see srun's words above")
             if not trained and self._control.preempted():
                 code = _PREEMPTED
         reached = self._reached()

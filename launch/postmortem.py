@@ -24,7 +24,9 @@ def explain(folder: Path, hosts: Sequence[str]) -> str:
     unmet = [record for record in records if record.error and not record.ranks]
     if unmet:
         return f"node {unmet[0].host}: {unmet[0].error}"
-    return _failed_rank(records, folder) or _lost_node(records) or _hung_rank(records, folder)
+    return (
+        _failed_rank(records, folder) or _lost_node(records) or _hung_rank(records, folder) or _parted(records, folder)
+    )
 
 
 def _failed_rank(records: Sequence[NodeRecord], folder: Path) -> str:
@@ -59,6 +61,17 @@ def _hung_rank(records: Sequence[NodeRecord], folder: Path) -> str:
     return (
         f"{_named('rank', waited)} lost {_named('rank', [rank for rank, _ in stuck])}, of which rank {rank} on node "
         f"{host} was still running: it hangs, or its network does\n{_last_words(folder, rank)}"
+    )
+
+
+def _parted(records: Sequence[NodeRecord], folder: Path) -> str:
+    waited = sorted(rank for record in records for rank in record.failures)
+    if not waited:
+        return ""
+    return (
+        "no rank failed by itself, each missed another: one stood still (a file system, a GPU), or the network between "
+        f"{', '.join(record.host for record in records)} did, for longer than engine.timeout_minutes\n"
+        + _last_words(folder, waited[0])
     )
 
 

@@ -44,7 +44,7 @@ fi
 # Slurm runs a copy of this file: the checkout is where the job was submitted, or named
 here="${ADAGC_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}"
 eval "$ADAGC_SETUP"
-python="${ADAGC_PYTHON:-$(command -v "$here/.venv/bin/python" python3 | head -n 1)}"
+python="${ADAGC_PYTHON:-$(command -v "$here/.venv/bin/python" || echo python3)}"
 "$python" -c 'import launch, importlib.util as found; assert found.find_spec("rasterio")' 2>/dev/null || {
     echo "shard_reben.sh: $python does not have adagc-dist: submit from the checkout with its .venv (bash tests/run.sh or launch/demo.sh" \
         "makes one), or set ADAGC_PYTHON or ADAGC_SETUP" >&2

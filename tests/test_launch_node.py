@@ -90,6 +90,15 @@ def test_the_rank_that_failed_is_told(tmp_path: Path, mode: str, told: str) -> N
         assert "rank 0 waited in vain" in tail_of(tmp_path, 0)
 
 
+def test_ranks_that_only_missed_each_other_are_told(tmp_path: Path) -> None:
+    """One stood still, was woken to be ended, and then missed the others."""
+    for rank, host in enumerate(HOSTS):
+        NodeRecord(host, "a", ranks=[rank], ended=5.0, failures={rank: EXIT_LOST_PEER}).write(tmp_path)
+    found = explain(tmp_path, HOSTS)
+    assert "no rank failed by itself, each missed another" in found
+    assert "between n1, n2" in found
+
+
 def test_a_node_that_does_not_come_is_told(tmp_path: Path) -> None:
     began = time.monotonic()
     with start(1, free_port(), tmp_path, "sum", join_seconds=3) as alone:
