@@ -41,6 +41,8 @@ __all__ = ["FetchError", "ShardCache", "Source", "cache_folder", "is_url", "mirr
 log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LET_GO_SECONDS = 2.0  # in which readers close what was evicted; until then its bytes are not free
+_HEADROOM_SHARE, _HEADROOM_BYTES = 0.05, 10 * 10**9  # the smaller one of the disk is left to others when staging
 _TOUCH_SECONDS = 60.0  # eviction goes by age in minutes; a system call per open more often than this tells it nothing
 
 
@@ -273,7 +275,11 @@ class ShardCache:
             except OSError as error:
                 if error.errno not in _FULL:
                     raise
-                spare = shard.bytes  # the limit did not say so, the disk did; ends when there is nothing left to evict
+                if staged_ns and spare:  # what was evicted may still be open
+                    time.sleep(_LET_GO_SECONDS)
+                    spare = 0
+                else:  # the limit did not say so, the disk did; ends when there is nothing left to evict
+                    spare = shard.bytes
             finally:
                 temporary.unlink(missing_ok=True)
 
@@ -303,7 +309,7 @@ class ShardCache:
 
         Raises:
             FetchError, or _NoRoomError when staging: there is nothing left to evict.
-            OSError: the disk is full (errno in _FULL).
+            OSError: the disk is full, or nearly so when staging (errno in _FULL).
         """
         while True:
             with _locked(self.folder / ".fetch" / "space.lock"):
@@ -313,18 +319,27 @@ class ShardCache:
                 excess = excess if self.limit_bytes else 0
                 freed = self._evict(tars, max(spare, excess), staged_ns)
                 if freed >= excess and (freed or not spare):
+                    if staged_ns and self._free_bytes(staged_ns) < shard.bytes:
+                        raise OSError(errno.ENOSPC, "the rest of the disk is left to others")
                     with temporary.open("xb") as stream:
                         os.posix_fallocate(stream.fileno(), 0, max(shard.bytes, 1))
                     return
             if staged_ns or not under_way:
                 break
             time.sleep(0.1)  # others hold what is lacking; they end in bounded time, and then it can be evicted
+        reserve = " beside the 5 % (10 GB at most) left to others" if staged_ns else ""
         problem = (
             f"{self.name(shard.name)}: no room in the cache {self.folder}: {shard.bytes} bytes needed, "
-            f"{shutil.disk_usage(self.folder).free} free on the disk, limit {self.limit_bytes or 'none'}, and nothing "
+            f"{self._free_bytes(staged_ns)} free on the disk{reserve}, limit {self.limit_bytes or 'none'}, and nothing "
             "left to evict: free space, raise the limit, or give a folder on another disk"
         )
         raise _NoRoomError(problem) if staged_ns else FetchError(problem)
+
+    def _free_bytes(self, staged_ns: int) -> int:
+        """What may be taken of the disk."""
+        disk = shutil.disk_usage(self.folder)
+        headroom = min(int(_HEADROOM_SHARE * disk.total), _HEADROOM_BYTES) if staged_ns else 0
+        return max(0, disk.free - headroom)
 
     def _bytes_under_way(self, shard: Shard) -> int:
         """Of the partial files of live processes; those of dead ones are removed, and so are this shard's own."""

@@ -146,11 +146,12 @@ class EpochPlan:
         return owner_N
 
     def staged(self, step: int) -> tuple[int, ...]:
-        """The shards (numbered within the split) of the windows that ``step`` reads and of the next one, in reading
-        order: what a cache of remote shards should hold.
+        """The shards (numbered within the split) of the windows that ``step`` reads and of the next one, which may be
+        the next epoch's first, in reading order: what a cache of remote shards should hold.
         """
         first, last = self._window_of(self.rows_before(step)), self._window_of(self.rows_before(step + 1) - 1)
-        return tuple(shard for window in self._windows[first : last + 2] for shard in window.tolist())
+        windows = [*self._windows, self._next_epochs_first][first : last + 2]
+        return tuple(dict.fromkeys(shard for window in windows for shard in window.tolist()))
 
     @property
     def num_pairs(self) -> int:
@@ -172,10 +173,17 @@ class EpochPlan:
 
     @cached_property
     def _windows(self) -> list[NDArray[np.int64]]:
+        return self._windows_of(self.epoch)
+
+    @cached_property
+    def _next_epochs_first(self) -> NDArray[np.int64]:
+        return self._windows_of(self.epoch + 1)[0]
+
+    def _windows_of(self, epoch: int) -> list[NDArray[np.int64]]:
         """The shards of each window: shuffled, then grouped; all of them where the window is the whole split."""
         num_shards = len(self.rows_per_shard)
         size = self.window_shards if 0 < self.window_shards < num_shards else num_shards
-        shards = derive_rng(self.seed, "plan", self.epoch).permutation(num_shards)
+        shards = derive_rng(self.seed, "plan", epoch).permutation(num_shards)
         return [shards[first : first + size] for first in range(0, num_shards, size)]
 
     @cached_property

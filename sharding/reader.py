@@ -142,10 +142,8 @@ class PatchReader:
         Returns what failed: (position in ``rows``, error); only the first of them unless ``go_on``. The pixels of a
         failed row are undefined.
         """
-        if self._owner != os.getpid():  # after a fork the parent's descriptors are the parent's to close
-            self._open, self._owner = {}, os.getpid()
         start = time.perf_counter()
-        self._close_outdated(start)
+        self.close_outdated()
         work = _Work(self, rows, target)
         if self._cold:
             work.announce()
@@ -160,6 +158,18 @@ class PatchReader:
         self._cold = (time.perf_counter() - start) > (_WARM if self._cold else _COLD) * max(1, len(rows))
         return failed
 
+    def close_outdated(self) -> None:
+        """Let go of copies that are to be opened anew, or whose room is needed; to be called while nothing is read."""
+        if self._owner != os.getpid():  # after a fork the parent's descriptors are the parent's to close
+            self._open, self._owner = {}, os.getpid()
+        now = time.perf_counter()
+        if now < self._reopened + _REOPEN_SECONDS:
+            return
+        self._reopened = now
+        for number, file in list(self._open.items()):
+            if self.files.outdated(self.manifest.shards[number], file):
+                os.close(self._open.pop(number))
+
     def _read(self, work: "_Work", place: int) -> None:
         """A row; once more where its shard's bytes are to be had elsewhere."""
         try:
@@ -170,14 +180,6 @@ class PatchReader:
                 raise
             os.close(self._open.pop(number))
             work.read(place)
-
-    def _close_outdated(self, now: float) -> None:
-        if now < self._reopened + _REOPEN_SECONDS:
-            return
-        self._reopened = now
-        for number, file in list(self._open.items()):
-            if self.files.outdated(self.manifest.shards[number], file):
-                os.close(self._open.pop(number))
 
     @cached_property
     def _split_shards(self) -> list[Shard]:

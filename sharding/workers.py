@@ -30,6 +30,8 @@ __all__ = ["Filler", "Job", "Report", "StartMethod", "WorkerError", "WorkerPool"
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
+_IDLE_SECONDS = 1.0  # how long a worker without a job holds on to files whose room is needed
+_STAGE_AGAIN_SECONDS = 60.0  # after which what found no room is tried once more
 _END_SECONDS = 1.0  # for all workers together; a read that takes longer is cut off, for nobody waits for its rows
 
 
@@ -66,21 +68,31 @@ class Filler:
         self.stages = True
         self._buffers: dict[int, tuple[NDArray[np.int32], Target]] = {}
         self._staged: tuple[int, ...] = ()
+        self._staged_at = 0.0
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_buffers": {}}
 
     def fill(self, job: Job) -> Report:
         """Read the job's rows; failed ones become copies of others, so that they stand out in no statistic."""
-        if self.stages and job.staged != self._staged:
-            self._staged = job.staged
-            self._reader.stage(job.staged)
+        if self.stages:
+            self._stage(job.staged)
         rows, target = self._buffer(job.buffer)
         failed = self._reader.read(rows[: job.size], target, go_on=self._skip)
         if failed and not self._skip:
             return Report(error=failed[0][1])
         cover_failed(target.arrays, job.size, [place for place, _ in failed])
         return Report(tuple((place, str(error)) for place, error in failed))
+
+    def close_outdated(self) -> None:
+        """While there is nothing to fill: give the disk back the room of files that were evicted."""
+        self._reader.close_outdated()
+
+    def _stage(self, shards: tuple[int, ...]) -> None:
+        now = time.monotonic()
+        if shards != self._staged or (shards and now > self._staged_at + _STAGE_AGAIN_SECONDS):
+            self._staged, self._staged_at = shards, now
+            self._reader.stage(shards)
 
     def _buffer(self, number: int) -> tuple[NDArray[np.int32], Target]:
         if number not in self._buffers:
@@ -170,6 +182,8 @@ def _work(filler: Filler, pipe: Connection, others: Sequence[Connection], stages
     filler.stages = stages  # one fetches ahead for all of a rank; a shard that is wanted now, anyone
     try:
         while True:
+            while not pipe.poll(_IDLE_SECONDS):
+                filler.close_outdated()
             job = pipe.recv()
             if job is None:
                 os._exit(0)  # nothing here is worth an orderly end

@@ -152,8 +152,9 @@ def write_part(
             todo = [task for task in mine if _reusable(task) is None]
             if not partial.finished:  # asked after the look: side-cars go when the manifest is there
                 written = _run(mine, todo, workers, staging)
-            # from their side-cars, all of them: a shard written now must not differ in a byte from an earlier one
-            shards = [shard for task in tasks if (shard := _reusable(task)) is not None]
+            # from their side-cars, all of them: a shard written now must not differ in a byte from an earlier one, and
+            # whether patches may be skipped is for each part to say
+            shards = [shard for task in tasks if (shard := partial.load(task.name)) is not None]
             if len(shards) == len(tasks):
                 with partial.finishing():
                     if not partial.finished:

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,6 +119,8 @@ def compare(comm: Comm, json_path: str) -> None:
     engines_agree(comm, ["optim.precision=bf16"], None)  # as near only if gradients are summed in float32
     check_precision(comm)
     check_divergence(comm)
+    check_refusals(comm)
+    check_timeout(comm)
 
 
 def check_precision(comm: Comm) -> None:
@@ -135,6 +138,36 @@ def check_divergence(comm: Comm) -> None:
         engine.backward(engine.forward(batch(0)).sum() * float("inf"), last=True)
         with pytest.raises((ValueError, PeerError), match="the gradient is not finite: training has diverged"):
             engine.step(0.01)
+
+
+def check_refusals(comm: Comm) -> None:
+    """What DeepSpeed finds only when it makes an engine: told by one rank."""
+    scalar = nn.Sequential(nn.Linear(5, 3))
+    scalar.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
+    with pytest.raises((ValueError, PeerError), match=r"the model has scale: set engine\.name=ddp$"):
+        make_engine(comm, settings(*deepspeed(0)), scalar)
+    for wrong in ({"prescale_gradients": True}, {"zero_optimization.allgather_bucket_size": 12345}):
+        config = settings(*deepspeed(2), "engine.deepspeed_json=ds.json")
+        known = deepspeed_settings(settings(*deepspeed(2)), comm.world_size)
+        for key, value in wrong.items():
+            section, _, name = key.rpartition(".")
+            (known[section] if section else known)[name] = value
+        with pytest.raises((ValueError, PeerError)) as refusal:
+            DeepSpeedEngine(small_student(), config, comm=comm, device=CPU, settings=known)
+        assert "engine.deepspeed_json=ds.json: " in str(refusal.value)
+        assert isinstance(refusal.value, ValueError) == (comm.rank == 0)
+
+
+def check_timeout(comm: Comm) -> None:
+    """A peer that is missed is missed for as long as the recipe says, engine by engine."""
+    for minutes in (3.0, 0.05):
+        engine = make_engine(comm, settings(*deepspeed(2), f"engine.timeout_minutes={minutes}"))
+    if comm.rank == 0:
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+            engine.backward(engine.forward(batch(0)).sum(), last=True)
+        assert time.monotonic() < start + 30.0
+    comm.barrier()
 
 
 def test_an_engine_is_as_good_as_another(tmp_path: Path) -> None:
@@ -353,6 +386,14 @@ def test_what_a_json_may_not_say_is_refused_by_name(tmp_path: Path, content: Any
     with pytest.raises(ValueError, match=message) as refusal:
         settings_of(tmp_path / "ds.json", content)
     assert str(refusal.value).startswith(f"engine.deepspeed_json={tmp_path}/ds.json")
+
+
+def test_what_would_have_no_effect_is_refused(tmp_path: Path) -> None:
+    path, asked = tmp_path / "ds.json", {"communication_data_type": "bf16"}
+    with pytest.raises(ValueError, match=r"has no effect with optim\.precision=bf16 .*lower_precision_safe_modules"):
+        settings_of(path, asked, "optim.precision=bf16")
+    found = settings_of(path, asked, "optim.precision=bf16", "engine.zero_stage=0")
+    assert found["communication_data_type"] == "bf16"
 
 
 def test_a_json_that_is_not_there(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A sharding in parts: real processes that share nothing but the folder, and the bytes of a single run."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,11 @@ from sharding.convert import shard
 from sharding.partial import Part, Partial
 from sharding.sources.archives import RebenArchives
 from sharding.sources.geotiff import RebenTree
+from sharding.sources.protocol import PatchError
 from sharding.synthetic.tree import write_tree
 from sharding.writer import Outcome, PartDone, write_part, write_shards
 from tests.readback import digests
+from tests.test_sharding_partial import break_band
 
 PATCHES = 60
 ROWS = 5  # patches in a shard: 14 shards
@@ -176,6 +179,22 @@ def test_one_that_comes_when_all_is_finished_writes_nothing(
     assert again.written == 0
     assert digests(out) == expected
     assert not (out / ".partial").exists()
+
+
+def test_a_part_that_failed_may_skip_beside_others_that_stop(tree: Path, tmp_path: Path) -> None:
+    root, out = tmp_path / "tree", tmp_path / "out"
+    shutil.copytree(tree, root)
+    broken, _ = break_band(root, 0)
+
+    def write(number: int, *, skip: bool) -> Outcome | PartDone:
+        return write_part(RebenTree(root), out, Part(number, 2), samples_per_shard=ROWS, workers=0, skip=skip)
+
+    with pytest.raises(PatchError):
+        write(0, skip=False)
+    assert isinstance(write(0, skip=True), PartDone)
+    last = write(1, skip=False)
+    assert isinstance(last, Outcome)
+    assert [item["patch"] for item in last.report["skipped"]] == [broken]
 
 
 def test_more_parts_than_shards(tree: Path, expected: dict[str, str], tmp_path: Path) -> None:

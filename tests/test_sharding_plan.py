@@ -264,17 +264,19 @@ def windows_of(plan: EpochPlan, shards: list[int]) -> list[set[int]]:
 def test_staged_are_the_windows_of_a_step_and_the_next_one(
     shards: list[int], world: tuple[int, int], batch: int, window: int, epoch: int
 ) -> None:
-    """In reading order, no shard twice, the same on any number of ranks."""
-    plan = make(shards, world, batch, window=window, epoch=epoch)
+    """In reading order, no shard twice, the same on any number of ranks; last comes the next epoch's first window."""
+    plan, after = (make(shards, world, batch, window=window, epoch=number) for number in (epoch, epoch + 1))
     windows, shard_of_row = windows_of(plan, shards), np.repeat(np.arange(len(shards)), shards)
     number = {shard: w for w, members in enumerate(windows) for shard in members}
+    windows.append(windows_of(after, shards)[0])
     for step in range(plan.num_steps):
         staged = plan.staged(step)
         needed = {number[shard] for shard in shard_of_row[plan.step_rows(step)].tolist()}
-        expected = range(min(needed), min(max(needed) + 2, len(windows)))
+        expected = range(min(needed), max(needed) + 2)
         assert set(staged) == set().union(*(windows[w] for w in expected))
         assert len(staged) == len(set(staged))
-        assert [number[shard] for shard in staged] == sorted(number[shard] for shard in staged)
+        order = [next(w for w in expected if shard in windows[w]) for shard in staged]
+        assert order == sorted(order)
         assert staged == make(shards, (1, 1), batch, window=window, epoch=epoch).staged(step)
 
 

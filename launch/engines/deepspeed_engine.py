@@ -8,6 +8,7 @@ import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
@@ -32,7 +33,7 @@ class DeepSpeedEngine(StudentEngine):
         settings: of ``deepspeed_settings``.
 
     Raises:
-        ValueError: see ``check_settings``.
+        ValueError: see ``check_settings``; or DeepSpeed cannot train this student.
     """
 
     def __init__(
@@ -41,12 +42,18 @@ class DeepSpeedEngine(StudentEngine):
         super().__init__(student, config, comm=comm, device=device)
         deepspeed = _import_deepspeed(device)
         _ensure_process_group(device)
+        _meet_anew(timedelta(minutes=config.engine.timeout_minutes))
         self._sharded = config.engine.zero_stage > 0
         clipping = {} if self._sharded else {"gradient_clipping": 0.0}  # without ZeRO it does not tell the norm
-        with _environment(device):
-            self._engine, *_ = deepspeed.initialize(
-                model=_Wrapper(self._student), optimizer=self._optimizer, config={**settings, **clipping}
-            )
+        try:
+            _check_student(self._student)
+            with _environment(device), _refusals(config.engine.deepspeed_json):
+                self._engine, *_ = deepspeed.initialize(
+                    model=_Wrapper(self._student), optimizer=self._optimizer, config={**settings, **clipping}
+                )
+        except ValueError:
+            with first_error_everywhere(comm):  # all ranks have the same student and settings, one tells
+                raise
         self._partitions = Partitions(self._student, self._engine.optimizer, comm) if self._sharded else None
 
     def state(self) -> dict[str, Tensor]:
@@ -101,10 +108,31 @@ def check_settings(settings: Mapping[str, Any], device: torch.device, path: str 
             wrong.
     """
     deepspeed = _import_deepspeed(device)
-    try:
+    with _refusals(path):
         deepspeed.DeepSpeedConfig(copy.deepcopy(dict(settings)))
-    except (ValueError, TypeError, AttributeError, AssertionError) as error:  # each of its sections raises another
+
+
+@contextmanager
+def _refusals(path: str | None) -> Iterator[None]:
+    """What DeepSpeed does not like in the file ``path``, as a ValueError; where there is none, the fault is ours."""
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, AssertionError, DeepSpeedConfigError) as error:  # all are in use
+        if path is None:
+            raise
         raise ValueError(f"engine.deepspeed_json={path}: {' '.join(str(error).split())}") from error
+
+
+def _check_student(student: nn.Module) -> None:
+    """Raises ValueError where DeepSpeed could not send a parameter to the other ranks: it views them as bytes."""
+    scalars = [name for name, parameter in student.named_parameters() if parameter.ndim == 0]
+    if scalars:
+        raise ValueError(
+            f"engine.name=deepspeed cannot train parameters without an axis, and the model has {', '.join(scalars)}: "
+            "set engine.name=ddp"
+        )
 
 
 def _import_deepspeed(device: torch.device) -> ModuleType:
@@ -124,6 +152,9 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     # Else it tries out compilers, and compiles collectives of its own in shared memory (half a minute, a cache in the
     # user's home), which gloo does not need, and which leave segments behind when a rank is killed.
     deepspeed.ops.__compatible_ops__ = {}
+    if chosen == "cuda":
+        # Else ZeRO asks NVML for a device by its number in CUDA_VISIBLE_DEVICES, where there may be names instead.
+        deepspeed.accelerator.cuda_accelerator.pynvml = None
     module: ModuleType = deepspeed
     return module
 
@@ -148,6 +179,16 @@ def _ensure_process_group(device: torch.device) -> None:
     """A process that trains alone has no group, and DeepSpeed does nothing without."""
     if dist.is_initialized():
         return
-    backend, index = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, device_id=index)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # not bound to the device: NCCL would split groups off, which fails without a peer
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     atexit.register(dist.destroy_process_group)  # else NCCL warns
+
+
+def _meet_anew(timeout: timedelta) -> None:
+    """Collective: the group of DeepSpeed's collectives. Its own would have torch's timeout, and once made would be kept
+    for all engines of the process.
+    """
+    from deepspeed.utils import groups
+
+    groups._WORLD_GROUP = dist.new_group(timeout=timeout)

@@ -62,7 +62,7 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError, ValueError: engine.deepspeed_json is not there, is no JSON object, or has a key that the
-            recipe states or that nobody knows.
+            recipe states, that nobody knows or that would have no effect.
     """
     path = config.engine.deepspeed_json
     named = {} if path is None else dict(_flat(_read(path)))
@@ -70,6 +70,12 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     for key, value in named.items():
         if key not in _MAY_BE_SET and stated.get(key, ...) != value:
             raise ValueError(_refusal(f"engine.deepspeed_json={path}: {key}={json.dumps(value)}", key))
+    if "communication_data_type" in named and config.optim.precision == "bf16" and config.engine.zero_stage:
+        raise ValueError(
+            f"engine.deepspeed_json={path}: communication_data_type has no effect with optim.precision=bf16 and "
+            f"engine.zero_stage={config.engine.zero_stage}: remove it, and list the modules whose gradients may travel "
+            'in bfloat16 in torch_autocast.lower_precision_safe_modules, e.g. ["torch.nn.Conv2d"]'
+        )
     return _nested(_defaults() | named | stated)
 
 

@@ -25,7 +25,7 @@ class Partitions:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in student.named_parameters()}
 
     def state(self) -> dict[str, Tensor]:
-        """Collective: ``optimizer_state`` of the unpartitioned optimiser."""
+        """Collective: ``optimizer_state`` of the unpartitioned optimiser, on the host."""
         return {
             name: tensor
             for flat, values in self._zero.optimizer.state.items()
@@ -45,7 +45,8 @@ class Partitions:
 
     def _named(self, group: int, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Collective: a group's state, by name."""
-        whole = {key: self._comm.all_gather(values[key]).flatten() for key in _MOMENTS}
+        # on the host: the device would have to hold what ZeRO keeps from it
+        whole = {key: self._comm.all_gather(values[key]).flatten().cpu() for key in _MOMENTS}
         for name, parameter, start in self._places(group):
             for key in _MOMENTS:
                 yield f"{name}/{key}", whole[key].narrow(0, start, parameter.numel()).view_as(parameter)
