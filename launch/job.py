@@ -18,12 +18,12 @@ from adagc_dist.checkpoint import CheckpointStore
 from adagc_dist.comm import SoloComm
 from adagc_dist.config import Config
 from adagc_dist.tracking import read_status
-from launch.postmortem import explain
-from launch.preflight import preflight
-from launch.requeue import End, Limits, Start, StartLog, Verdict, decide
+from launch.cluster.postmortem import explain
+from launch.cluster.preflight import preflight
+from launch.cluster.requeue import End, Limits, Start, StartLog, Verdict, decide
+from launch.cluster.slurm import Allocation, JobControl, SlurmError
+from launch.cluster.steps import Steps
 from launch.rundir import LOGS, check_unused, mark_failed
-from launch.slurm import Allocation, JobControl, SlurmError
-from launch.steps import Steps
 from launch.supervise import EXIT_STOPPED, supervise
 
 __all__ = ["TrainingJob", "main"]

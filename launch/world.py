@@ -16,7 +16,7 @@ from launch.collectives import TorchComm
 
 __all__ = ["OWNS_CORES", "World", "share_of_cores", "usable_cores", "world_context"]
 
-OWNS_CORES = "ADAGC_OWNS_CORES"  # set by launch.node
+OWNS_CORES = "ADAGC_OWNS_CORES"  # set by launch.cluster.node
 
 
 @dataclass(frozen=True)

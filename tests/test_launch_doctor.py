@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from adagc_dist.comm import Comm
+from launch.cluster.nic import Interface
 from launch.doctor.command import NodeReport, collect, compare, describe
 from launch.doctor.gpus import visible_gpus
 from launch.doctor.links import Links, measure, verdict
 from launch.doctor.report import Gpu, Machine, Room
-from launch.nic import Interface
 from launch.world import World
 from tests.ranks import run_ranks, run_threads
 from tests.tiny import tiny_settings

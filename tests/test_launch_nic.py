@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from launch.nic import Interface, choose, environment, interfaces, source_address
+from launch.cluster.nic import Interface, choose, environment, interfaces, source_address
 
 ETHERNET, STORAGE = Interface("eno1", "10.0.0.5", 1000), Interface("eno2", "10.1.0.5", 25000)
 INFINIBAND, SLINGSHOT = Interface("ib0", "10.2.0.5", 0), Interface("hsn0", "10.3.0.5", 200000)

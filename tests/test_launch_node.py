@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.cluster.postmortem import explain
+from launch.cluster.ranklogs import NodeRecord, read_records, tail_of
 from launch.failure import EXIT_LOST_PEER, exit_code
-from launch.postmortem import explain
-from launch.ranklogs import NodeRecord, read_records, tail_of
 from tests.test_launch_stop import wait_until
 
 HOSTS = ("n1", "n2")
@@ -34,7 +34,7 @@ def start(
         *("--ranks", "1", "--logs", str(logs), "--join-seconds", str(join_seconds), "tests.test_launch_node", mode),
     ]
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.node", *words],
+        [sys.executable, "-m", "launch.cluster.node", *words],
         cwd=Path(__file__).parents[1],
         env={
             **os.environ,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from adagc_dist.agreement import StopReason
-from launch.requeue import End, Limits, Start, StartLog, Verdict, decide
+from launch.cluster.requeue import End, Limits, Start, StartLog, Verdict, decide
 
 STOPPED = {"state": "stopped", "reason": "SIGUSR1"}
 LOST = {"state": "failed", "cause": "lost", "reason": "a rank failed"}

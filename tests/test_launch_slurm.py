@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.slurm import Allocation, NodePlace
+from launch.cluster.slurm import Allocation, NodePlace
 
 ENV = {
     "SLURM_JOB_ID": "1234567",

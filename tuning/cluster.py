@@ -18,8 +18,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from launch.requeue import End, Limits, Start, StartLog, Verdict, decide
-from launch.slurm import Allocation, JobControl, SlurmError
+from launch.cluster.requeue import End, Limits, Start, StartLog, Verdict, decide
+from launch.cluster.slurm import Allocation, JobControl, SlurmError
 from launch.supervise import supervise
 from tuning.head import INTERRUPTED
 from tuning.ray_process import die_with_parent, ray_environment

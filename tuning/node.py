@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.nic import choose, environment, interfaces, source_address
+from launch.cluster.nic import choose, environment, interfaces, source_address
 from tuning.ray_process import RayProcess, temporary_base
 from tuning.rendezvous import Rendezvous
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.slurm import NodePlace
+from launch.cluster.slurm import NodePlace
 from tuning.head import lead
 from tuning.node import Node, Part
 from tuning.worker import work

@@ -1,4 +1,4 @@
-"""`python -m launch.node`: one node's part of a job step: torchrun's launcher over the ranks of this node.
+"""`python -m launch.cluster.node`: one node's part of a job step: torchrun's launcher over the ranks of this node.
 
 Started by srun, once on each node. It hears no signal: Slurm tells every process of a step itself, and a rank that
 hears one stops with all others. torchrun would kill its ranks for it.
@@ -13,9 +13,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.nic import choose, environment, interfaces, source_address
-from launch.ranklogs import NodeRecord, RankLogs
-from launch.slurm import NodePlace
+from launch.cluster.nic import choose, environment, interfaces, source_address
+from launch.cluster.ranklogs import NodeRecord, RankLogs
+from launch.cluster.slurm import NodePlace
 from launch.spawn import Meeting, launch_config
 from launch.world import OWNS_CORES
 
@@ -90,7 +90,9 @@ def _heard(number: int, frame: object) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m launch.node", description="One node's part of `launch.job`'s step")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.cluster.node", description="One node's part of `launch.job`'s step"
+    )
     parser.add_argument("--endpoint", required=True, help="HOST:PORT of the rendezvous, on the first node")
     parser.add_argument("--peer", required=True, help="another node, as seen from the first one")
     parser.add_argument("--name", required=True, help="of this rendezvous; new at each start")

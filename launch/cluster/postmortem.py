@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.cluster.ranklogs import NodeRecord, read_records, tail_of
 from launch.failure import EXIT_LOST_PEER
-from launch.ranklogs import NodeRecord, read_records, tail_of
 from launch.spawn import describe_end
 
 __all__ = ["explain"]

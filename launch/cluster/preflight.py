@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adagc_dist.config import Config
+from launch.cluster.postmortem import explain
+from launch.cluster.slurm import JobControl
+from launch.cluster.steps import Steps
 from launch.doctor.command import collect, compare, describe
-from launch.postmortem import explain
-from launch.slurm import JobControl
-from launch.steps import Steps
 
 __all__ = ["preflight"]
 

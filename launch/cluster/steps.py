@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.slurm import Allocation, JobControl
+from launch.cluster.slurm import Allocation, JobControl
 
 __all__ = ["Steps"]
 
@@ -44,7 +44,7 @@ class Steps:
         first, *others = self.allocation.hosts
         address = JobControl.address(first)
         command = self._python(
-            "launch.node",
+            "launch.cluster.node",
             *("--endpoint", f"{address}:{self.allocation.port}"),
             *("--peer", JobControl.address(others[0]) if others else address),
             *("--name", name),

@@ -20,11 +20,11 @@ import psutil
 import xxhash
 
 from adagc_dist.config import Config
+from launch.cluster.nic import choose, interfaces
 from launch.doctor.deadline import Line, ask
 from launch.doctor.gpus import visible_gpus
 from launch.doctor.report import Folder, Machine, Model, NodeReport, ShardsRead, Software
 from launch.doctor.rooms import rooms_of
-from launch.nic import choose, interfaces
 from launch.recipe import dump_config
 
 __all__ = ["Request", "examine", "host_name"]

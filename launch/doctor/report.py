@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from launch.nic import Interface
+from launch.cluster.nic import Interface
 
 __all__ = ["Folder", "Gpu", "Machine", "Model", "NodeReport", "Room", "ShardsRead", "Software", "collect"]
 
