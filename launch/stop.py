@@ -172,10 +172,10 @@ def _written_in(file: Path) -> StopReason:
         return StopReason.FILE
 
 
-def say(text: str) -> None:
+def say(text: str, *, who: str = "adagc train") -> None:
     """To the terminal, past sys.stderr and its lock: the main thread may be stuck with it."""
     with suppress(OSError):
-        os.write(2, f"adagc train: {text}\n".encode())
+        os.write(2, f"{who}: {text}\n".encode())
 
 
 def _end(why: str) -> NoReturn:

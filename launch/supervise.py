@@ -61,7 +61,7 @@ def _stop_file_on_signal(run: Path) -> Iterator[None]:
             with suppress(OSError):  # a disk that takes no file
                 write_text(run / STOP_FILE, signal.Signals(number).name)
                 asked_at = now
-                say(f"{signal.Signals(number).name}: saving and stopping. Once more ends it at once")
+                say(f"{signal.Signals(number).name}: saving and stopping. Once more ends it at once", who="adagc")
                 return
         ending = True
         raise _Interrupted(number)

@@ -195,9 +195,13 @@ def test_scancel_leaves_nothing_and_stop_is_not_requeued(
     assert "stopped by the file STOP" in training.comment()
     assert not (training.run / "STOP").exists()
 
-    training.submit()
+    job = training.submit()
     training.finish()
     assert training.weights() == undisturbed
+    slurm.run("scontrol", "requeue", str(job))  # as Slurm does if it takes a finished job for lost
+    wait_until(lambda: slurm.job(job)["Restarts"] == "1", "the requeue", 30)
+    training.finish()
+    assert training.comment() == "adagc: finished by the start before"
 
 
 def test_a_job_without_progress_is_not_requeued_for_ever(slurm: Cluster, tiny_shards: Path, tmp_path: Path) -> None:
