@@ -7,21 +7,34 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
 make_venv "[test]"
 bin=.venv/bin
-if [ $# -eq 0 ]; then
-    echo "== ruff"
-    $bin/ruff check .
-    $bin/ruff format --check .
-    echo "== mypy"
-    $bin/mypy
-    echo "== import directions"
-    $bin/lint-imports
-fi
 if [[ $# -eq 0 || "$*" == *slurm* ]]; then
     bash tests/slurm/install.sh
 fi
-if [ $# -eq 0 ] && command -v shellcheck >/dev/null; then
+if [ $# -gt 0 ]; then
+    exec $bin/python -m pytest "$@"
+fi
+
+# These mostly wait, for daemons and processes of others: they run beside all else, and their words come last.
+beside=(tests/slurm tests/test_tuning_*.py)
+said="$(mktemp)"
+$bin/python -m pytest "${beside[@]}" >"$said" 2>&1 &
+trap 'kill $! 2>/dev/null; rm -f "$said"' EXIT
+
+echo "== ruff"
+$bin/ruff check .
+$bin/ruff format --check .
+echo "== mypy"
+$bin/mypy
+echo "== import directions"
+$bin/lint-imports
+if command -v shellcheck >/dev/null; then
     echo "== shellcheck"
     shellcheck --external-sources ./*/*.sh tests/slurm/*.sh
 fi
-echo "== pytest"
-exec $bin/python -m pytest "$@"
+echo "== pytest, but for ${beside[*]}"
+code=0
+$bin/python -m pytest "${beside[@]/#/--ignore=}" || code=$?
+echo "== pytest ${beside[*]}"
+wait $! || code=$?
+cat "$said"
+exit $code
