@@ -6,26 +6,15 @@ they sum what was asked of each: a few numbers, on a channel of their own, under
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from adagc_dist.comm import Comm
+from adagc_dist.reasons import StopReason
 
 __all__ = ["Agreement", "Answer", "NoRequests", "Requests", "StopReason", "Stopped"]
-
-
-class StopReason(Enum):
-    """Why a run is to stop; the value is for the log and status.json."""
-
-    SIGTERM = "SIGTERM"
-    SIGUSR1 = "SIGUSR1"
-    SIGINT = "SIGINT"
-    FILE = "the file STOP in the run's folder"
-    BUDGET = "run.max_minutes is spent"
-    ORPHANED = "the launcher has gone"
 
 
 _REASONS = tuple(StopReason)

@@ -232,6 +232,9 @@ class RunConfig:
     """Seed of initial weights, order, augmentation and Mixup."""
     log_every: int = 10
     """Steps between TensorBoard points of losses and rates."""
+    panels_every: int = 5
+    """Epochs between TensorBoard's pictures of validation patches and its precision-recall curves, which the last epoch
+    has in any case; 0 is off."""
     eval_student: bool = False
     """Validate the student beside the teacher (one more pass over validation an epoch)."""
     eval_block: int = 256
@@ -261,7 +264,12 @@ class RunConfig:
         )
         _check(self.max_minutes is None or self.max_minutes > 0, f"run.max_minutes={self.max_minutes} must be positive")
         _check(self.stop_seconds > 0, f"run.stop_seconds={self.stop_seconds} must be positive")
+        _check(self.panels_every >= 0, f"run.panels_every={self.panels_every} must not be negative (0 is off)")
         _check(self.sanity_every >= 0, f"run.sanity_every={self.sanity_every} must not be negative (0 is off)")
+
+    def has_panels(self, epoch: int, epochs: int) -> bool:
+        """Whether ``epoch``, from 0, of ``epochs`` has pictures and precision-recall curves."""
+        return self.panels_every > 0 and ((epoch + 1) % self.panels_every == 0 or epoch + 1 == epochs)
 
     @property
     def checkpoint_steps(self) -> int | None:

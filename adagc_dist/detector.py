@@ -90,6 +90,11 @@ class EarlyLearningDetector:
         return self._fired_epoch
 
     @property
+    def fired_map(self) -> float | None:
+        """The noisy mAP of that epoch."""
+        return None if self._fired_epoch is None else self._values[self._fired_epoch]
+
+    @property
     def best_epoch(self) -> int | None:
         """The epoch that a rewind would go back to now; None before the first observation."""
         return self._best_epoch if self._values else None

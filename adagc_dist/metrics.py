@@ -5,13 +5,12 @@ so nothing is averaged over batches and the digits depend on no batch or rank. S
 rank alike; labels [N, C] are bool. Classes without positives have no average precision: NaN, and left out of means.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sharding.rng import derive_rng
+from adagc_dist.ranking import Ranking, bootstrap_weights, mean_defined
 
 __all__ = [
     "F1Report",
@@ -29,8 +28,6 @@ Floats = NDArray[np.floating]
 Float64 = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Counts = NDArray[np.int64]
-
-UNFITTED_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,13 +81,12 @@ def average_precision_C(scores_NC: Floats, labels_NC: Bools) -> Float64:
     Raises:
         ValueError: different shapes, or scores that are not finite.
     """
-    columns = _columns(scores_NC, labels_NC)
-    return np.array([_average_precision(scores_N, labels_N) for scores_N, labels_N in columns], dtype=np.float64)
+    return _ranked(scores_NC, labels_NC).average_precision_C(labels_NC)
 
 
 def macro_map(scores_NC: Floats, labels_NC: Bools) -> float:
     """Mean of ``average_precision_C`` over the classes with positives; NaN if there are none."""
-    return float(_mean_defined(average_precision_C(scores_NC, labels_NC)))
+    return float(mean_defined(average_precision_C(scores_NC, labels_NC)))
 
 
 def micro_ap(scores_NC: Floats, labels_NC: Bools) -> float:
@@ -111,15 +107,10 @@ def bootstrap_map(
     Raises:
         ValueError: different shapes, or scores that are not finite.
     """
-    num_rows = len(scores_NC)
-    weights_RN = np.stack([
-        derive_rng(seed, "bootstrap", r).poisson(1.0, (num_rows,)).astype(np.uint8) for r in range(num_replicates)
-    ])  # fmt: skip
+    weights_RN = bootstrap_weights(seed, num_replicates, len(scores_NC))
     if kept_N is not None:
         scores_NC, labels_NC, weights_RN = scores_NC[kept_N], labels_NC[kept_N], weights_RN[:, kept_N]
-    columns = _columns(scores_NC, labels_NC)
-    ap_RC = np.stack([_weighted_ap_R(scores_N, labels_N, weights_RN) for scores_N, labels_N in columns], axis=1)
-    return np.array([_mean_defined(ap_C) for ap_C in ap_RC], dtype=np.float64)
+    return _ranked(scores_NC, labels_NC).bootstrap_map(labels_NC, weights_RN)
 
 
 def f1_report(scores_NC: Floats, labels_NC: Bools, thresholds_C: Floats | float) -> F1Report:
@@ -143,7 +134,7 @@ def f1_report(scores_NC: Floats, labels_NC: Bools, thresholds_C: Floats | float)
         recall_C=_ratio(hits_C, support_C, empty=0.0),
         f1_C=f1_C,
         support_C=support_C,
-        macro_f1=float(_mean_defined(np.where(support_C > 0, f1_C, np.nan))),
+        macro_f1=float(mean_defined(np.where(support_C > 0, f1_C, np.nan))),
         micro_f1=float(_ratio(2 * hits_C.sum(), predicted_C.sum() + support_C.sum(), empty=0.0)),
     )
 
@@ -162,8 +153,7 @@ def fit_thresholds_C(scores_NC: Floats, observed_NC: Bools) -> Float64:
     Raises:
         ValueError: different shapes, or scores that are not finite.
     """
-    columns = _columns(scores_NC, observed_NC)
-    return np.array([_fit_threshold(scores_N, observed_N) for scores_N, observed_N in columns], dtype=np.float64)
+    return _ranked(scores_NC, observed_NC).pu_CC(observed_NC)[1]
 
 
 def recovery(predicted_NC: Bools, observed_NC: Bools, labels_NC: Bools) -> Recovery:
@@ -195,55 +185,9 @@ def recovery(predicted_NC: Bools, observed_NC: Bools, labels_NC: Bools) -> Recov
     )
 
 
-def _average_precision(scores_N: Floats, labels_N: Bools) -> float:
-    """Mean over positives of the precision at their own threshold."""
-    if not labels_N.any():
-        return float("nan")
-    order_N, last_N = _rank(scores_N)
-    hits_N = labels_N[order_N]
-    at_P = last_N[hits_N]
-    return float((hits_N.cumsum()[at_P] / (at_P + 1)).mean())
-
-
-def _weighted_ap_R(scores_N: Floats, labels_N: Bools, weights_RN: NDArray[np.uint8]) -> Float64:
-    """float64 [R]: as ``_average_precision``, row i counted weights_RN[r, i] times; ranked once for all r."""
-    order_N, last_N = _rank(scores_N)
-    hits_N = labels_N[order_N]
-    at_P = last_N[hits_N]
-    ap_R = np.full(len(weights_RN), np.nan)
-    for r, weights_N in enumerate(weights_RN):
-        ranked_N = weights_N[order_N]
-        all_P = ranked_N.cumsum(dtype=np.int64)[at_P]
-        own_P = ranked_N[hits_N].astype(np.float64)
-        hits_P = own_P.cumsum()[np.searchsorted(at_P, at_P, side="right") - 1]
-        if own_P.any():
-            # where all_P is 0 the positive itself has weight 0
-            ap_R[r] = (own_P * hits_P / np.maximum(all_P, 1)).sum() / own_P.sum()
-    return ap_R
-
-
-def _fit_threshold(scores_N: Floats, observed_N: Bools) -> float:
-    if not observed_N.any():
-        return UNFITTED_THRESHOLD
-    order_N, last_N = _rank(scores_N)
-    at_T = np.unique(last_N)
-    hits_T = observed_N[order_N].cumsum()[at_T].astype(np.float64)
-    best = at_T[np.argmax(hits_T**2 / (at_T + 1))]
-    return float(scores_N[order_N[best]])
-
-
-def _rank(scores_N: Floats) -> tuple[Counts, Counts]:
-    """int64 [N] twice: rows by falling score, and for each place in that order the last place with the same score."""
-    order_N = np.argsort(-scores_N)
-    ranked_N = scores_N[order_N]
-    ends_T = np.append(np.flatnonzero(ranked_N[1:] != ranked_N[:-1]), len(ranked_N) - 1)
-    return order_N, np.repeat(ends_T, np.diff(ends_T, prepend=-1))
-
-
-def _columns(scores_NC: Floats, labels_NC: Bools) -> Iterator[tuple[Floats, Bools]]:
-    """The checked columns, class by class, each contiguous (strided ones are several times slower to sort)."""
+def _ranked(scores_NC: Floats, labels_NC: Bools) -> Ranking:
     _check(scores_NC, labels_NC)
-    return zip(np.ascontiguousarray(scores_NC.T), np.ascontiguousarray(labels_NC.T))
+    return Ranking(scores_NC)
 
 
 def _check(scores_NC: Floats, labels_NC: Bools) -> None:
@@ -265,11 +209,6 @@ def _per_class(thresholds_C: Floats | float, num_classes: int) -> Float64:
     if wide_C.shape not in ((), (num_classes,)):
         raise ValueError(f"thresholds have shape {wide_C.shape}: give one number or {num_classes}, one per class")
     return wide_C
-
-
-def _mean_defined(values_C: Float64) -> float:
-    defined_C = values_C[~np.isnan(values_C)]
-    return float(defined_C.mean()) if len(defined_C) else float("nan")
 
 
 def _ratio(

@@ -35,6 +35,10 @@ class Scores:
         """Scores and labels of the rows that were read."""
         return self.values_NC[self.read_N], labels_NC[self.read_N]
 
+    def with_gaps_NC(self) -> NDArray[np.float32]:
+        """The probabilities, NaN where a row could not be read."""
+        return np.where(self.read_N[:, None], self.values_NC, np.float32(np.nan))
+
 
 def check_bad_rows(count: int, rows: int, limit: float, comm: Comm) -> None:
     """Few unreadable rows are a nuisance, many mean that the data are not what one believes to train on.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["comparison_table"]
+__all__ = ["comparison_table", "prediction_table", "recovery_table"]
 
 _TOTALS = (
     ("map_macro", "mAP (macro AP)"),
@@ -43,6 +43,41 @@ def comparison_table(runs: Mapping[str, Mapping[str, Any]], split: str) -> str:
     if missing:
         table.append(f"without a positive in {split}, left out of the means: {', '.join(missing)}")
     return "\n".join(table)
+
+
+def recovery_table(measured: Mapping[str, Any], observed: Sequence[int], thresholds: Sequence[float]) -> str:
+    """A line per class: labels observed and recovered; where labels were hidden, how many, precision and recall.
+
+    Args:
+        measured: of ``measure_recovery``.
+        observed: labels of each class that training saw.
+        thresholds: of each class.
+    """
+    total = {"class": "all classes", **measured}
+    entries = zip([*measured["per_class"], total], [*observed, sum(observed)], [*map(_cell, thresholds), ""])
+    rows = [
+        [
+            *(entry["class"], threshold, str(seen), str(entry["recovered"])),
+            *(str(entry["hidden"]), _cell(entry["precision"]), _cell(entry["recall"])),
+        ]
+        for entry, seen, threshold in entries
+    ]
+    head = ["class", "threshold", "observed", "recovered", "hidden", "precision", "recall"]
+    known = len(head) if measured["hidden"] else 4  # without a hidden label the true ones are not known
+    return _ruled([row[:known] for row in [head, *rows]])
+
+
+def prediction_table(classes: Sequence[str], predicted: Sequence[int], thresholds: Sequence[float]) -> str:
+    """A line per class: in how many patches it is predicted, at which threshold."""
+    rows = [[name, _cell(limit), str(count)] for name, count, limit in zip(classes, predicted, thresholds)]
+    return _ruled([["class", "threshold", "predicted"], *rows, ["all classes", "", str(sum(predicted))]])
+
+
+def _ruled(rows: Sequence[Sequence[str]]) -> str:
+    """The head, and the totals in the last row, stand apart."""
+    lines = _align(rows)
+    rule = "-" * len(lines[0])
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
 def _align(rows: Sequence[Sequence[str]], widest: int = 48) -> list[str]:

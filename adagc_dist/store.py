@@ -272,6 +272,9 @@ class PredictionStore(RowStore):
     ) -> None:
         super().__init__(num_rows, num_classes, comm=comm, device=device, exchange=exchange)
         self.momentum = momentum
+        self.moved = torch.zeros(2, device=device)
+        """Of the last ``blend``, for monitoring: the sum over rows that had an average of its mean absolute change, and
+        how many rows that are."""
 
     def blend(self, rows: NDArray[np.int32], probs_BC: Tensor, *, read_B: Tensor | None = None) -> Tensor:
         """Move the rows' averages towards ``probs_BC`` and return the new values, float32 [B, C]; local, no host
@@ -287,6 +290,9 @@ class PredictionStore(RowStore):
         counted = (marks | _WRITTEN) + 1
         if read_B is not None:
             new, counted = torch.where(read_B[:, None], new, old), torch.where(read_B, counted, marks)
+            seen = seen & read_B
+        change = torch.where(seen, (new - old).abs().mean(1), 0.0)
+        self.moved = torch.stack([change.sum(), seen.sum()])
         self._table[place] = new
         self._marks[place] = counted
         return new

@@ -7,12 +7,15 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sharding.partial import sync
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
     "ForgivingTracker",
@@ -34,6 +37,9 @@ class Tracker(Protocol):
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Points of curves at a global step."""
 
+    def draw(self, draw: "Callable[[SummaryWriter], None]") -> None:
+        """What is more than curves: ``draw`` is called where there is a writer, and nowhere else."""
+
     def epoch(self, record: Mapping[str, Any]) -> None:
         """One line in metrics.jsonl."""
 
@@ -51,6 +57,9 @@ class NullTracker:
     """For all ranks but 0."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
+        return None
+
+    def draw(self, draw: "Callable[[SummaryWriter], None]") -> None:
         return None
 
     def epoch(self, record: Mapping[str, Any]) -> None:
@@ -87,6 +96,9 @@ class RunTracker:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    def draw(self, draw: "Callable[[SummaryWriter], None]") -> None:
+        draw(self._writer)
+
     def epoch(self, record: Mapping[str, Any]) -> None:
         whole = self._lines.stat().st_size if self._lines.is_file() else 0
         try:
@@ -117,6 +129,10 @@ class ForgivingTracker:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         with _told():
             self._tracker.scalars(values, step)
+
+    def draw(self, draw: "Callable[[SummaryWriter], None]") -> None:
+        with _told():
+            self._tracker.draw(draw)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         with _told():

@@ -3,6 +3,7 @@ trigger. It may stop after any step and go on there, on any number of ranks.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 
 from adagc_dist.agreement import Agreement, Stopped
+from adagc_dist.board import Board
 from adagc_dist.checkpoint import Checkpoint, CheckpointStore, Content, Position
 from adagc_dist.comm import Comm, Engine, first_error_everywhere
 from adagc_dist.config import Config
 from adagc_dist.detector import EarlyLearningDetector, Verdict
 from adagc_dist.feed import Feed
-from adagc_dist.meter import Meter
+from adagc_dist.meter import Meter, memory_gb
 from adagc_dist.methods import Method, Phase
 from adagc_dist.predict import check_bad_rows
 from adagc_dist.sanity import check_sanity
@@ -77,6 +79,7 @@ class Trainer:
     checkpoints: CheckpointStore
     plan: Callable[[int], EpochPlan]
     agreement: Agreement
+    board: Board
     data: Mapping[str, Any]
     """What a checkpoint must agree with to be resumed: classes, bands, digest of the shards."""
     order: Mapping[str, Any]
@@ -86,8 +89,10 @@ class Trainer:
     """Silent until the run's folder has been claimed."""
 
     def __post_init__(self) -> None:
-        self._meter = Meter(self.engine.device, self.comm)
-        self._epoch_meter = Meter(self.engine.device, self.comm)
+        classes = len(self.data["classes"])
+        self._meter = Meter(self.engine.device, self.comm, classes)
+        self._epoch_meter = Meter(self.engine.device, self.comm, classes)
+        self._homing_seconds = 0.0  # of this rank, before this epoch
         self._bad_rows = 0  # of this rank, in this epoch
         self._saved: Position | None = None  # the newest checkpoint
 
@@ -138,6 +143,10 @@ class Trainer:
         # from here to the checkpoint nobody may stop: the detector has seen the epoch, and the run is not in the next
         verdict = self.detector.observe(validation.noisy_map, validation.replicates)
         self._report(epoch, report, maps, verdict)
+        self.board.show(
+            self.tracker, validation, self._epoch_meter, self.method.store,
+            epoch=epoch, step=self.moment.step, trigger_map=self.detector.fired_map,
+        )  # fmt: skip
         self.moment.epoch, self.moment.epoch_step = epoch + 1, 0
         if not (verdict.fired and self._trigger(epoch, verdict.best_epoch)):
             self._home_rows()
@@ -160,7 +169,8 @@ class Trainer:
         if self.method.store is not None:
             self.method.store.check_visited_once(skipped)
         read = float(plan.num_rows - skipped)  # each once: the store, if there is one, has just said so
-        return self._epoch_meter.read() | {"data/rows": read, "data/skipped_rows": float(skipped)}
+        own = {"row_sync_seconds": self._homing_seconds} | memory_gb(self.engine.device)
+        return self._epoch_meter.read(own) | {"data/rows": read, "data/skipped_rows": float(skipped)}
 
     def _after_step(self, plan: EpochPlan) -> None:
         """What does not happen in every step: points for the curves, a look at the ranks' sanity, a checkpoint."""
@@ -172,7 +182,10 @@ class Trainer:
         if run.sanity_every and step % run.sanity_every == 0:
             models = {"student": self.engine.student.state_dict(), "teacher": self.teacher.model.state_dict()}
             check_sanity(models, self.comm, step)
+        waiting = time.perf_counter()
         answer = self.agreement.answer()
+        for meter in (self._meter, self._epoch_meter):
+            meter.synced(time.perf_counter() - waiting)
         self.agreement.obey(answer)
         due = answer.save or (run.checkpoint_steps is not None and step % run.checkpoint_steps == 0)
         if due and self.moment.epoch_step < plan.num_steps:  # the epoch's end has a checkpoint of its own
@@ -229,8 +242,10 @@ class Trainer:
 
     def _home_rows(self) -> None:
         """Collective: the store's rows go to the ranks that read them in the present epoch."""
+        started = time.perf_counter()
         if self.method.store is not None:
             self.method.store.sync(self.plan(self.moment.epoch))
+        self._homing_seconds = time.perf_counter() - started
 
     def _trigger(self, epoch: int, best_epoch: int) -> bool:
         """The warm-up ends: the learning rate decays from here on, and a method that calibrates goes back to the best
@@ -313,11 +328,17 @@ class Trainer:
         self.agreement.requests.saved()
 
     def _validate(self) -> tuple[Validation, dict[str, float]]:
-        """Collective: the teacher's validation, on which all depends; and the mAPs for the curves, the student's beside
-        where that is asked for.
+        """Collective: the teacher's validation, on which all depends; and its means for the curves, the student's mAPs
+        beside where that is asked for.
         """
         teacher = self.validator.measure(self.teacher.model, after_block=self.agreement.check)
-        maps = {"map/noisy_teacher": teacher.noisy_map, "map/true_teacher": teacher.true_map}
+        maps = {
+            "map/noisy_teacher": teacher.noisy_map,
+            "map/true_teacher": teacher.true_map,
+            "auc/noisy_teacher": teacher.noisy_auc,
+            "auc/true_teacher": teacher.true_auc,
+            "pu/noisy_teacher": teacher.noisy_pu,
+        }
         if self.config.run.eval_student:
             student = self.validator.measure(self.engine.student, after_block=self.agreement.check)
             maps |= {"map/noisy_student": student.noisy_map, "map/true_student": student.true_map}

@@ -1,9 +1,9 @@
-"""The teacher on the validation split: its mAP against the noisy labels decides, its mAP against the true ones is only
-looked at.
+"""The teacher on the validation split: its mAP against the noisy labels decides, what is measured against the true ones
+is only looked at.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -11,25 +11,50 @@ from numpy.typing import NDArray
 from torch import nn
 
 from adagc_dist.comm import Comm
-from adagc_dist.metrics import bootstrap_map, macro_map
 from adagc_dist.predict import Scores, SplitScorer
+from adagc_dist.ranking import Ranking, bootstrap_weights, mean_defined
 
-__all__ = ["Validation", "Validator"]
+__all__ = ["Details", "Validation", "Validator"]
+
+_REPLICATES = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Details:
+    """What is too large to be sent round, for pictures (N rows, C classes).
+
+    Attributes:
+        scores: of all rows.
+        noisy_ap_C, true_ap_C: float64; NaN for classes without positives.
+        thresholds_C: float64, fitted to the observed labels (``Ranking.pu_CC``).
+    """
+
+    scores: Scores
+    noisy_ap_C: NDArray[np.float64]
+    true_ap_C: NDArray[np.float64]
+    thresholds_C: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Validation:
-    """One model on the validation split.
+    """One model on the validation split; means are over classes with positives (of the AUC: and negatives).
 
     Attributes:
         noisy_map: macro mAP against the observed labels; with ``replicates``, the only thing a decision may use.
         replicates: paired bootstrap replicates of it.
         true_map: macro mAP against the full labels, for the log.
+        noisy_auc, true_auc: macro area under the ROC curve, likewise.
+        noisy_pu: macro PU score r^2 / q at each class's best threshold, from the observed labels; at least 1.
+        details: on rank 0; None on the others.
     """
 
     noisy_map: float
     replicates: Sequence[float]
     true_map: float
+    noisy_auc: float
+    true_auc: float
+    noisy_pu: float
+    details: Details | None = None
 
 
 class Validator:
@@ -68,13 +93,22 @@ class Validator:
                 "the model's scores are not finite: training has diverged. Lower optim.lr, or set optim.clip_norm"
             )
 
-        on_rank_0 = self._metrics(scores) if self._comm.rank == 0 else None
-        return cast(Validation, self._comm.broadcast_object(on_rank_0))
+        validation, details = self._metrics(scores) if self._comm.rank == 0 else (None, None)
+        return replace(cast(Validation, self._comm.broadcast_object(validation)), details=details)
 
-    def _metrics(self, scores: Scores) -> Validation:
-        replicates = bootstrap_map(scores.values_NC, self._observed_NC, seed=self._seed, kept_N=scores.read_N)
-        return Validation(
-            noisy_map=macro_map(*scores.beside(self._observed_NC)),
-            replicates=replicates.tolist(),
-            true_map=macro_map(*scores.beside(self._labels_NC)),
+    def _metrics(self, scores: Scores) -> tuple[Validation, Details]:
+        """All of one ranking: sorting is what takes long."""
+        values, observed = scores.beside(self._observed_NC)
+        labels, ranking = self._labels_NC[scores.read_N], Ranking(values)
+        weights_RN = bootstrap_weights(self._seed, _REPLICATES, len(scores.read_N))[:, scores.read_N]
+        noisy_ap_C, true_ap_C = ranking.average_precision_C(observed), ranking.average_precision_C(labels)
+        pu_C, thresholds_C = ranking.pu_CC(observed)
+        validation = Validation(
+            noisy_map=mean_defined(noisy_ap_C),
+            replicates=ranking.bootstrap_map(observed, weights_RN).tolist(),
+            true_map=mean_defined(true_ap_C),
+            noisy_auc=mean_defined(ranking.auc_C(observed)),
+            true_auc=mean_defined(ranking.auc_C(labels)),
+            noisy_pu=mean_defined(pu_C),
         )
+        return validation, Details(scores, noisy_ap_C, true_ap_C, thresholds_C)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from adagc_dist.agreement import Agreement, NoRequests, Requests
+from adagc_dist.board import Board
 from adagc_dist.checkpoint import CheckpointStore
 from adagc_dist.comm import Comm, Engine, first_error_everywhere
 from adagc_dist.config import Config
@@ -109,6 +110,10 @@ def build_trainer(
         checkpoints=checkpoints,
         plan=plan,
         agreement=Agreement(comm, requests or NoRequests()),
+        board=Board(
+            shards.manifest.classes, validation, parts.observed_validation, shards.quicklooks(validation),
+            is_due=lambda epoch: config.run.has_panels(epoch, config.optim.epochs), comm=comm,
+        ),
         data=shards.identity(),
         order=shards.order(),
     )  # fmt: skip

@@ -20,7 +20,9 @@ _COMMANDS = {
         "is this machine fit for a run? GPUs, network, software, disks, shards",
     ),
     "train": ("launch.train", "main", "train AdaGC or a baseline, on one rank or many"),
-    "recover": ("launch.recover", "main", "the labels recovered so far, from a run that may still be training"),
+    "tune": ("tuning.command", "main", "search settings with Ray Tune, over runs of one rank or many"),
+    "recover": ("launch.recover", "main", "the labels that a run recovered, per patch: parquet, CSV or GeoJSON"),
+    "predict": ("launch.predict", "main", "what a run's teacher sees in new patches without labels"),
     "evaluate": ("launch.evaluate", "main", "exact metrics of trained runs, as a table and as metrics.json"),
 }
 

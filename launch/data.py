@@ -12,6 +12,7 @@ from numpy import bool_
 from numpy.typing import NDArray
 
 from adagc_dist.config import Config
+from adagc_dist.panels import Quicklooks
 from adagc_dist.pixels import Pixels
 from adagc_dist.spml import observe
 from sharding.files import LocalFiles, ShardFiles
@@ -108,6 +109,13 @@ class Shards:
     def evaluation_staging(self, table: LabelTable, block: int, world_size: int) -> Callable[[int], Sequence[int]]:
         """What a cache should hold from an evaluation block on."""
         return evaluation_staging(self.manifest.rows_per_shard(table.split), block, ahead=4 * world_size)
+
+    def quicklooks(self, table: LabelTable) -> Quicklooks | None:
+        """Pictures of ``table``'s patches; None where single ones cannot be had: remote shards read as streams."""
+        remote = "://" in self.config.data.shards or "://" in self.manifest.origin
+        if remote and self.config.data.reader == "webdataset":
+            return None
+        return Quicklooks.of(self.manifest, table, self.files, remote=remote)
 
     def identity(self) -> dict[str, Any]:
         """What a trained model is bound to."""

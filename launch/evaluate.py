@@ -5,20 +5,17 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from adagc_dist.comm import Comm
 from adagc_dist.config import Config
-from adagc_dist.predict import Scores
 from launch.arguments import add_ranks
 from launch.data import Shards
 from sharding.arguments import make_parser
-from sharding.manifest import LabelTable
 
 __all__ = ["evaluate", "main"]
 
@@ -56,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(runs: Sequence[str], overrides: Sequence[str], *, split: str, recovered: bool) -> None:
-    """Measure each run, write its metrics.json and print one table.
+    """Measure each run, write its metrics.json and thresholds.json, and print one table.
 
     Collective: started on every rank of torchrun's world, or alone.
 
@@ -82,14 +79,16 @@ def _evaluate_run(
     run: Path, config: Config, split: str, recovered: bool, *, comm: Comm, device: torch.device
 ) -> dict[str, Any]:
     from adagc_dist.evaluate import measure_recovery, measure_split
-    from adagc_dist.metrics import fit_thresholds_C
     from adagc_dist.tracking import write_json
+    from launch.scoring import SplitScores, fit_thresholds
+    from launch.teacher import load_teacher
 
     shards = Shards.open(config)
-    model, statistics = _load_teacher(run, shards, device)
-    score = _Scores(shards, model, statistics, comm=comm, device=device)
-    test, validation = shards.table(split), shards.table("validation")
-    thresholds_C = fit_thresholds_C(*score(validation).beside(shards.observed(validation)))
+    teacher = load_teacher(run, config, comm=comm, device=device)
+    teacher.check(shards)
+    score = SplitScores(shards, teacher, comm=comm, device=device)
+    thresholds_C = fit_thresholds(run, score)
+    test = shards.table(split)
     classes = shards.manifest.classes
     metrics = {"run": str(run), split: measure_split(*score(test).beside(test.labels_NC), thresholds_C, classes)}
     if recovered:
@@ -101,72 +100,6 @@ def _evaluate_run(
     if comm.rank == 0:
         write_json(run / "metrics.json", _merged(run / "metrics.json", metrics))
     return metrics
-
-
-class _Scores:
-    """Scores of a split by one model, each split once."""
-
-    def __init__(
-        self,
-        shards: Shards,
-        model: nn.Module,
-        statistics: Mapping[str, Sequence[float]],
-        *,
-        comm: Comm,
-        device: torch.device,
-    ) -> None:
-        self._shards, self._model, self._comm, self._device = shards, model, comm, device
-        self._pixels = shards.pixels(device, {band: (mean, std) for band, (mean, std) in statistics.items()})
-        self._done: dict[str, Scores] = {}
-
-    def __call__(self, table: LabelTable) -> Scores:
-        from launch.build import make_scorer
-
-        if table.split not in self._done:
-            scorer = make_scorer(self._shards, table, self._pixels, comm=self._comm, device=self._device)
-            self._done[table.split] = scorer.score(self._model, progress=self._bar(table))
-        return self._done[table.split]
-
-    def _bar(self, table: LabelTable) -> Callable[[Iterable[Any]], Iterable[Any]]:
-        """Rank 0's bar over its blocks; tqdm shows it on a terminal only."""
-        from tqdm import tqdm
-
-        total = -(-len(table) // (self._shards.config.run.eval_block * self._comm.world_size))
-        hidden = None if self._comm.rank == 0 else True
-        return lambda batches: tqdm(batches, f"scoring {table.split}", total, unit="block", disable=hidden)
-
-
-def _load_teacher(run: Path, shards: Shards, device: torch.device) -> tuple[nn.Module, Mapping[str, Sequence[float]]]:
-    """The run's trained teacher, and the band statistics it was trained with."""
-    from safetensors import safe_open
-
-    from adagc_dist.model import create_student
-    from adagc_dist.trainer import check_same_data
-    from launch.rundir import TEACHER
-
-    path = run / TEACHER
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is not there: the run has not finished. The same `adagc train` command continues it"
-        )
-    with safe_open(path, framework="pt") as file:
-        identity = {name: json.loads(value) for name, value in file.metadata().items()}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    present = shards.identity()
-    check_same_data({name: identity[name] for name in ("classes", "bands")}, present, path)
-    model_config = _without_weights(shards.config)
-    model = create_student(
-        model_config.model, num_bands=len(identity["bands"]), num_classes=len(identity["classes"]), seed=0
-    )
-    model.load_state_dict(tensors)
-    return model.to(device).eval(), identity["statistics"]
-
-
-def _without_weights(config: Config) -> Config:
-    """The pretrained weights are in the teacher already."""
-    from dataclasses import replace
-
-    return replace(config, model=replace(config.model, pretrained=None))
 
 
 def _merged(path: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:

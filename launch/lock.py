@@ -9,9 +9,11 @@ import socket
 from pathlib import Path
 from typing import IO
 
-__all__ = ["RunLock"]
+__all__ = ["LOCK_FILE", "RunLock"]
 
 log = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"  # in a run's folder
 
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o flock, NFSv3 without its daemon
 

@@ -1,193 +1,257 @@
-"""`adagc recover RUN --out labels.parquet`: the labels recovered so far, from a run's newest checkpoint.
+"""`adagc recover RUN --out labels.parquet`: the labels that a run recovered, per patch, as a file for others.
 
-The prediction averages of the training rows lie in every checkpoint, so no model runs, no GPU is needed, and the run
-may still be going.
+By default the run's teacher scores the split once, as in `adagc evaluate`, and a label counts as recovered at the same
+thresholds: what evaluate says of precision and recall holds for the file. ``--averages-only`` runs no model: the
+prediction averages of the training rows lie in every checkpoint, so it takes seconds and no GPU.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
-from adagc_dist.checkpoint import Checkpoint, CheckpointStore
-from adagc_dist.comm import SoloComm
-from adagc_dist.metrics import fit_thresholds_C, recovery
-from adagc_dist.store import is_written
-from adagc_dist.tracking import replacing
-from adagc_dist.trainer import check_same_data
+from adagc_dist.comm import Comm, first_error_everywhere
+from adagc_dist.evaluate import measure_recovery
+from adagc_dist.metrics import fit_thresholds_C
+from adagc_dist.report import recovery_table
+from launch.arguments import add_ranks
 from launch.data import Shards
 from launch.failure import exit_code
+from launch.labels_table import add_output, check_output, chosen_format, labels_table, write_labels
+from launch.newest import Averages, newest_averages
 from launch.recipe import load_run
+from launch.world import World, world_context
 from sharding.arguments import make_parser
-from sharding.manifest import LabelTable
+from sharding.manifest import SPLITS, LabelTable
+from sharding.places import Places, load_places
 
-__all__ = ["Averages", "main", "newest_averages", "recover"]
-
-_ATTEMPTS = 3  # a running job may delete the checkpoint that is being read; it has written a newer one before that
+__all__ = ["Order", "main", "recover"]
 
 _EPILOG = """\
 examples:
-  adagc recover runs/first --out labels.parquet
-  adagc recover runs/first --out labels.parquet --threshold 0.5
+  adagc recover runs/first --out labels.parquet --nproc-per-node 4
+  adagc recover runs/first --out labels.geojson --threshold 0.5
+  adagc recover runs/first --out soon.parquet --averages-only          (no model: seconds, while the run is training)
   adagc recover runs/first --out labels.parquet data.shards=/new/place/of/the/shards
 
-Columns: key, observed and recovered (lists of class names), read (whether the patch was seen yet), and one column
-average/<class> per class with the moving average of the student's predictions. A label counts as recovered where the
-average reaches its class's threshold; fitted ones maximise r^2/q on the observed labels of the patches read so far
-(`adagc evaluate` fits the teacher's scores on the validation split instead, so its recovered labels differ).
+Columns: patch_id, observed and recovered (class names; both together are the completed labels), teacher/<class> (the
+teacher's probability), average/<class> (of train: the moving average of the student's predictions, where the method
+keeps one), and crs, xmin, ymin, xmax, ymax. Unknown is null: a patch that could not be read, or has no average yet.
+In Python: pandas.read_parquet("labels.parquet").merge(pandas.read_parquet("metadata.parquet"), on="patch_id")
+
+A label is recovered where the teacher reaches its class's threshold and it was not observed. Thresholds are those of
+`adagc evaluate`: fitted per class on the validation split's observed labels (maximal r^2/q), never on clean ones, and
+kept in RUN/thresholds.json. With --averages-only the averages decide, at thresholds fitted on the observed labels of
+the patches read so far, so other labels are recovered. The teacher of a run that has not finished is its newest
+checkpoint's.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, read, write. Returns the exit code: 0 done, 1 failed, 2 wrong usage."""
-    arguments = _parser().parse_intermixed_args(argv)
-    run, overrides = arguments.run, arguments.overrides
-    return exit_code("adagc recover", lambda: recover(run, arguments.out, arguments.threshold, overrides))
+@dataclass(frozen=True)
+class Order:
+    """What was asked for.
+
+    Attributes:
+        form: parquet, csv or geojson; None takes it from ``out``.
+        threshold: of every class; None fits one per class on observed labels.
+        overrides: settings that win over the run's.
+    """
+
+    run: Path
+    out: Path
+    form: str | None = None
+    split: str = "train"
+    threshold: float | None = None
+    averages_only: bool = False
+    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Averages:
-    """The prediction averages of the train split (N rows, C classes) in a checkpoint.
+class _Split:
+    """A split of the run's shards (N rows)."""
+
+    shards: Shards
+    table: LabelTable
+    observed_NC: NDArray[np.bool_]
+    places: Places
+    form: str
+
+    @classmethod
+    def open(cls, order: Order) -> "_Split":
+        """All that may refuse the order, before a model runs."""
+        check_output(order.out)
+        shards = Shards.open(load_run(order.run, order.overrides))
+        table = shards.table(order.split)
+        places = load_places(shards.manifest, order.split)
+        return cls(shards, table, shards.observed(table), places, chosen_format(order.out, order.form, places))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the recovered labels follow from.
 
     Attributes:
-        values_NC: float32; 0 where a row was never read.
-        written_N: bool, the rows that were read at least once.
-        checkpoint: where they are from.
+        by: "teacher" or "average": whose values are compared with the thresholds.
+        scores: float32 [N, C] of each; NaN where it has none.
+        thresholds_C: float64.
+        sources: where these are from, a line each.
     """
 
-    values_NC: NDArray[np.float32]
-    written_N: NDArray[np.bool_]
-    checkpoint: Checkpoint
+    by: str
+    scores: Mapping[str, NDArray[np.float32]]
+    thresholds_C: NDArray[np.float64]
+    sources: Sequence[str]
 
 
-def recover(run: Path, out: Path, threshold: float | None = None, overrides: Sequence[str] = ()) -> None:
-    """Write ``out`` (parquet) and print what was recovered, beside the true labels where they are known.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then recover here or in torchrun's ranks. Returns the exit code: 0 done, 1 failed, 2 wrong usage."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    asked = parser.parse_intermixed_args(words)
+    if asked.averages_only and (asked.split != "train" or asked.nproc_per_node > 1):
+        parser.error("--averages-only runs no model: averages are of train, and read by one process")
+    if asked.nproc_per_node > 1:
+        from launch.spawn import run_ranks
 
-    Args:
-        threshold: of every class; None fits one per class on the observed labels.
-        overrides: settings that win over the run's.
+        return run_ranks("launch.recover", [*words, "--nproc-per-node", "1"], ranks=asked.nproc_per_node)
+    order = Order(
+        asked.run, asked.out, asked.format, asked.split, asked.threshold, asked.averages_only, tuple(asked.overrides)
+    )
+    return exit_code("adagc recover", lambda: recover(order))
+
+
+def recover(order: Order) -> None:
+    """Write the file and print what was recovered, beside the true labels where they are known.
+
+    Collective: started on every rank of torchrun's world, or alone.
 
     Raises:
         FileNotFoundError, ValueError: no run, no checkpoint yet, other shards, or a method that keeps no averages.
+        OSError: the file cannot be written.
     """
-    shards = Shards.open(load_run(run, overrides))
-    table = shards.table("train")
-    averages = newest_averages(run, shards.identity())
-    observed_NC = shards.observed(table)
-    seen = averages.written_N
-    thresholds_C = np.full(observed_NC.shape[1], 0.5 if threshold is None else threshold)
-    if threshold is None and seen.any():
-        thresholds_C = fit_thresholds_C(averages.values_NC[seen], observed_NC[seen])
-    recovered_NC = (averages.values_NC >= thresholds_C.astype(np.float32)) & seen[:, None]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as partial:
-        pq.write_table(_arrow_table(table, averages, observed_NC, recovered_NC, shards.manifest.classes), partial)
-    print(_summary(averages, observed_NC, recovered_NC, table.labels_NC, out))
+    if order.averages_only:
+        split = _Split.open(order)
+        _deliver(order, split, _by_averages(order, split))
+        return
+    world = World.from_env(os.environ)
+    device = world.device(load_run(order.run, order.overrides).engine.device)
+    with world_context(world, device) as comm:
+        with first_error_everywhere(comm):
+            split = _Split.open(order)
+        found = _by_teacher(order, split, comm=comm, device=device)
+        with first_error_everywhere(comm):
+            if comm.rank == 0:
+                _deliver(order, split, found)
 
 
-def newest_averages(run: Path, data: Mapping[str, Any]) -> Averages:
-    """Those of the newest complete checkpoint of ``run``, which may be training.
-
-    Args:
-        data: of the shards whose rows are meant (``Shards.identity``): in others a row's number is another patch's.
-
-    Raises:
-        FileNotFoundError: there is no complete checkpoint.
-        ValueError: the method keeps no averages, or they are of other shards.
-    """
-    for attempt in range(_ATTEMPTS):
-        store = CheckpointStore(run / "checkpoints", comm=SoloComm(), keep=1)
-        checkpoint = store.latest()
-        if checkpoint is None:
-            raise FileNotFoundError(f"{run} has no complete checkpoint yet: the first comes with its first epoch's end")
-        try:
-            checkpoint.verify(only=("rows-", "state.json"))
-            check_same_data(checkpoint.state()["data"], data, checkpoint.path)
-            return _averages(checkpoint)
-        except (FileNotFoundError, ValueError):
-            if attempt == _ATTEMPTS - 1 or store.has(checkpoint.position):
-                raise
-    raise AssertionError("the last attempt returns or raises")
+def _by_averages(order: Order, split: _Split) -> _Found:
+    averages = newest_averages(order.run, split.shards.identity())
+    if averages is None:
+        raise ValueError(
+            f"{order.run} keeps no prediction averages: method.name={split.shards.config.method.name} has none "
+            "(adagc has). Leave out --averages-only to take the teacher's word"
+        )
+    seen_N = averages.written_N
+    thresholds_C = _same(order.threshold, split)
+    if order.threshold is None and seen_N.any():
+        thresholds_C = fit_thresholds_C(averages.values_NC[seen_N], split.observed_NC[seen_N])
+    where = f"the observed labels of the {int(seen_N.sum())} patches read"
+    return _Found("average", {"average": averages.values_NC}, thresholds_C, [_told(averages), _fitted(order, where)])
 
 
-def _averages(checkpoint: Checkpoint) -> Averages:
-    state = checkpoint.rows(0, 1)
-    if state is None:
-        raise ValueError(f"{checkpoint.path} holds no prediction averages: its method keeps none (adagc does)")
-    rows = state["rows"].numpy()
-    values_NC = np.empty((len(rows), state["values"].shape[1]), dtype=np.float32)
-    written_N = np.zeros(len(rows), dtype=np.bool_)
-    values_NC[rows], written_N[rows] = state["values"].numpy(), is_written(state["marks"]).numpy()
-    values_NC[~written_N] = 0
-    return Averages(values_NC, written_N, checkpoint)
+def _by_teacher(order: Order, split: _Split, *, comm: Comm, device: torch.device) -> _Found:
+    """Collective: the same on every rank, but averages on rank 0 only."""
+    from launch.scoring import SplitScores, thresholds_of
+    from launch.teacher import load_teacher
+
+    shards = split.shards
+    teacher = load_teacher(order.run, shards.config, comm=comm, device=device, unfinished=True)
+    teacher.check(shards)
+    averages = _averages_beside(order, shards) if comm.rank == 0 else None  # at the time of the teacher's checkpoint
+    score = SplitScores(shards, teacher, comm=comm, device=device)
+    scores = {"teacher": score(split.table).with_gaps_NC()}
+    thresholds_C = _same(order.threshold, split) if order.threshold is not None else thresholds_of(order.run, score)
+    sources = [f"teacher: {teacher.name}", _fitted(order, "validation's observed labels, as in `adagc evaluate`")]
+    if averages is not None:
+        scores["average"] = averages.values_NC
+        sources.insert(1, _told(averages))
+    return _Found("teacher", scores, thresholds_C, sources)
 
 
-def _arrow_table(
-    table: LabelTable,
-    averages: Averages,
-    observed_NC: NDArray[np.bool_],
-    recovered_NC: NDArray[np.bool_],
-    classes: Sequence[str],
-) -> pa.Table:
-    return pa.table(
-        {
-            "key": table.keys,
-            "observed": _names(observed_NC, classes),
-            "recovered": _names(recovered_NC & ~observed_NC, classes),
-            "read": averages.written_N,
-        }
-        | {f"average/{name}": averages.values_NC[:, c] for c, name in enumerate(classes)}
+def _averages_beside(order: Order, shards: Shards) -> Averages | None:
+    """An addition to the teacher's scores: a finished run may be without checkpoints, or its shards made again."""
+    try:
+        return newest_averages(order.run, shards.identity()) if order.split == "train" else None
+    except (FileNotFoundError, ValueError) as error:
+        print(f"without averages: {error}", file=sys.stderr)
+        return None
+
+
+def _deliver(order: Order, split: _Split, found: _Found) -> None:
+    """Write the file, print the summary."""
+    classes, observed_NC = split.shards.manifest.classes, split.observed_NC
+    values_NC = found.scores[found.by]
+    read_N = ~np.isnan(values_NC[:, 0])
+    reached_NC = values_NC >= found.thresholds_C.astype(np.float32)
+    table = labels_table(
+        split.table.keys,
+        classes,
+        sets={"observed": observed_NC, "recovered": reached_NC & ~observed_NC},
+        unknown={"recovered": ~read_N},
+        scores=found.scores,
+        places=split.places,
     )
+    notes = {
+        "run": str(order.run),
+        "split": order.split,
+        "recovered_by": found.by,
+        "thresholds": dict(zip(classes, found.thresholds_C.tolist())),
+    }
+    write_labels(table, order.out, split.form, split.places, notes)
+    print("\n".join([f"{order.out}: {len(table)} patches of {order.split}, {split.form}", *found.sources]))
+    if read_N.any():
+        labels_NC = split.table.labels_NC[read_N]
+        measured = measure_recovery(
+            values_NC[read_N], observed_NC[read_N], labels_NC, found.thresholds_C, classes
+        )  # as in `adagc evaluate`
+        print(recovery_table(measured, observed_NC[read_N].sum(axis=0).tolist(), found.thresholds_C.tolist()))
 
 
-def _names(chosen_NC: NDArray[np.bool_], classes: Sequence[str]) -> pa.ListArray:
-    """Per row the names of its classes."""
-    stops = np.concatenate([[0], np.cumsum(chosen_NC.sum(axis=1))]).astype(np.int32)
-    names = pa.array(classes).take(pa.array(np.nonzero(chosen_NC)[1]))
-    return pa.ListArray.from_arrays(pa.array(stops), names)
+def _same(threshold: float | None, split: _Split) -> NDArray[np.float64]:
+    return np.full(split.observed_NC.shape[1], 0.5 if threshold is None else threshold)
 
 
-def _summary(
-    averages: Averages,
-    observed_NC: NDArray[np.bool_],
-    recovered_NC: NDArray[np.bool_],
-    labels_NC: NDArray[np.bool_],
-    out: Path,
-) -> str:
-    found = recovery(recovered_NC, observed_NC, labels_NC)
-    read, rows = int(averages.written_N.sum()), len(averages.written_N)
-    return (
-        f"{out}: {found.recovered} labels recovered beside {int(observed_NC.sum())} observed ones, {read} of {rows} "
-        f"patches read so far ({averages.checkpoint.path.name})\n"
-        f"against the true labels: precision {found.precision:.3f}, recall {found.recall:.3f} of {found.hidden} hidden"
-    )
+def _fitted(order: Order, where: str) -> str:
+    return f"thresholds: fitted per class on {where}" if order.threshold is None else f"thresholds: {order.threshold}"
 
 
-def _file(text: str) -> Path:
-    """A type of arguments: a file to be written."""
-    if Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder: name a file, e.g. {Path(text, 'labels.parquet')}")
-    return Path(text)
+def _told(averages: Averages) -> str:
+    read, rows = int(averages.written_N.sum()), len(averages.values_NC)
+    return f"averages: {read} of {rows} patches read so far ({averages.checkpoint.path.name})"
 
 
 def _parser() -> argparse.ArgumentParser:
-    description = "The labels recovered so far, from a run's newest checkpoint; the run may still be training."
+    description = "The labels that a run recovered, per patch: parquet, CSV or GeoJSON. The run may still be training."
     parser = make_parser("adagc recover", description, _EPILOG)
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that win over the run's (moved shards)"
     )
-    parser.add_argument("--out", type=_file, required=True, metavar="FILE", help="the parquet file to write")
+    add_output(parser)
+    parser.add_argument("--split", default="train", choices=SPLITS, help="split to recover (default train)")
     parser.add_argument(
         "--threshold", type=float, metavar="T", help="of every class (default: fitted per class on observed labels)"
     )
+    parser.add_argument(
+        "--averages-only", action="store_true", help="from the newest checkpoint's prediction averages, without a model"
+    )
+    add_ranks(parser)
     return parser
 
 

@@ -6,6 +6,7 @@ STOP               whoever makes this file asks the run to save and stop
 log.txt            what the terminal showed
 metrics.jsonl      a line per epoch
 metrics.json       written by `adagc evaluate`
+thresholds.json    the trained teacher's, per class, once `adagc evaluate`, `recover` or `predict` has fitted them
 teacher.safetensors   the trained model, with classes, bands and statistics as metadata
 checkpoints/  tensorboard/  logs/ (of Slurm jobs: every rank's output, and starts.jsonl)
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from adagc_dist.agreement import Stopped, StopReason
+from adagc_dist.board import begin_board, end_board
 from adagc_dist.checkpoint import Checkpoint, CheckpointStore, Position, as_disk_error
 from adagc_dist.comm import Comm, PeerError, first_error_everywhere
 from adagc_dist.config import Config
@@ -35,6 +37,7 @@ from adagc_dist.tracking import (
 )
 from adagc_dist.trainer import Moment, Trainer
 from launch.failure import is_lost_peer
+from launch.lock import LOCK_FILE as _LOCK
 from launch.lock import RunLock
 from launch.recipe import dump_config, flatten, load_config
 from launch.stop import STOP_FILE
@@ -45,7 +48,6 @@ log = logging.getLogger(__name__)
 
 TEACHER = "teacher.safetensors"
 LOGS = "logs"
-_LOCK = ".lock"
 _MAY_CHANGE = (
     "data.shards",
     "data.workers",
@@ -133,8 +135,12 @@ class RunFolder:
         """Where this rank reports to, continuing after ``moment``."""
         if self._comm.rank != 0:
             return NullTracker()
-        tracker = RunTracker(self._path, first_step=moment.step, first_epoch=moment.epoch)
-        return ForgivingTracker(tracker) if self._config.run.on_save_error == "continue" else tracker
+        tracker: Tracker = RunTracker(self._path, first_step=moment.step, first_epoch=moment.epoch)
+        if self._config.run.on_save_error == "continue":
+            tracker = ForgivingTracker(tracker)
+        settings = flatten(self._config)
+        tracker.draw(lambda writer: begin_board(writer, settings))
+        return tracker
 
     def train(self, trainer: Trainer) -> None:
         """Collective: run ``trainer`` to its end, and leave behind which end it was.
@@ -165,6 +171,7 @@ class RunFolder:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in trainer.teacher.model.state_dict().items()}
             with replacing(self._path / TEACHER) as partial, as_disk_error(self._path / TEACHER):
                 save_file(tensors, partial, metadata=metadata)
+            trainer.tracker.draw(end_board)
             moment = trainer.moment
             trainer.tracker.status(
                 "finished", epochs=moment.epoch, step=moment.step, trigger_epoch=moment.trigger_epoch

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from adagc_dist.agreement import StopReason
+from adagc_dist.reasons import StopReason
 
 __all__ = ["ECHO_SECONDS", "STOP_FILE", "StopWatcher", "say"]
 

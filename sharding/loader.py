@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sharding.plan import Slot
-from sharding.reader import PatchReader
 from sharding.ring import Ring
-from sharding.workers import Filler, Job, Report, StartMethod, WorkerPool
+from sharding.workers import Filler, Job, Report, RowReader, StartMethod, WorkerPool
 
 __all__ = ["Batch", "BatchReader", "ShardLoader", "note_skipped"]
 
@@ -73,7 +72,7 @@ class ShardLoader:
 
     def __init__(
         self,
-        reader: PatchReader,
+        reader: RowReader,
         *,
         max_rows: int,
         workers: int,

@@ -18,15 +18,25 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sharding.reader import PatchReader, ReadError, Target
+from sharding.reader import ReadError, Target
 from sharding.ring import Ring
 
-__all__ = ["Filler", "Job", "Report", "StartMethod", "WorkerError", "WorkerPool", "cover_failed", "ignore_signals"]
+__all__ = [
+    "Filler",
+    "Job",
+    "Report",
+    "RowReader",
+    "StartMethod",
+    "WorkerError",
+    "WorkerPool",
+    "cover_failed",
+    "ignore_signals",
+]
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
@@ -56,6 +66,18 @@ class Report:
     error: Exception | None = None
 
 
+class RowReader(Protocol):
+    """Who knows where rows' pixels are, e.g. ``sharding.reader.PatchReader``; sent to worker processes."""
+
+    def buffers(self, rows: int) -> list[tuple[tuple[int, ...], str]]: ...
+
+    def stage(self, numbers: Sequence[int]) -> None: ...
+
+    def read(self, rows: NDArray[np.int32], target: Target, *, go_on: bool = False) -> list[tuple[int, ReadError]]: ...
+
+    def close_outdated(self) -> None: ...
+
+
 class Filler:
     """Does jobs in this process. Of a buffer's arrays the first holds the rows, int32; the others are the groups'.
 
@@ -63,7 +85,7 @@ class Filler:
         stages: whether it tells the reader which shards are needed soon.
     """
 
-    def __init__(self, reader: PatchReader, ring: Ring, *, skip: bool) -> None:
+    def __init__(self, reader: RowReader, ring: Ring, *, skip: bool) -> None:
         self._reader, self._ring, self._skip = reader, ring, skip
         self.stages = True
         self._buffers: dict[int, tuple[NDArray[np.int32], Target]] = {}

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Run a command on a Ray cluster over the allocation's nodes; told to save and requeued before the time limit.
-#   sbatch --account=A --partition=P slurm/tune_reben.sh python my_sweep.py        2 nodes; `ray.init()` finds the cluster
-#   sbatch --nodes=4 slurm/tune_reben.sh python my_sweep.py --trials 64            other resources
-#   bash slurm/tune_reben.sh python my_sweep.py                                    without Slurm: on this machine
-# The command is to end with 75 when SIGTERM has made it save, and to go on where it was when it is run again.
-# `adagc tune RECIPE`, the sweep itself, will be such a command; it is not in this version.
+# Run a sweep, or any command, on a Ray cluster over the allocation's nodes; told to save and requeued before the time limit.
+#   sbatch --account=A --partition=P slurm/tune_reben.sh adagc tune reben_random data.shards=SHARDS --dir runs/tune --resume
+#   sbatch --nodes=4 slurm/tune_reben.sh adagc tune ... --trials 64                other resources; 2 nodes by default
+#   bash slurm/tune_reben.sh python my_sweep.py                                    without Slurm, and a command of your own
+# `ray.init()` finds the cluster. The command is to end with 75 when SIGTERM has made it save, and to go on where it was when
+# it is run again, as `adagc tune --resume` does.
 #SBATCH --job-name=tune-reben
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -27,8 +27,8 @@ set -euo pipefail
 # --------------------------------------------------------------------------
 
 [ $# -gt 0 ] || {
-    echo "tune_reben.sh: name the sweep's command: sbatch slurm/tune_reben.sh python my_sweep.py (\`adagc tune\` is not in" \
-        "this version)" >&2
+    echo "tune_reben.sh: name the sweep's command: sbatch slurm/tune_reben.sh adagc tune RECIPE --dir SWEEP" \
+        "--resume" >&2
     exit 2
 }
 # Slurm runs a copy of this file: the checkout is where the job was submitted, or named

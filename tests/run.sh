@@ -15,7 +15,7 @@ if [ $# -gt 0 ]; then
 fi
 
 # These mostly wait, for daemons and processes of others: they run beside all else, and their words come last.
-beside=(tests/slurm tests/test_tuning_*.py)
+beside=(tests/slurm tests/test_tuning_*.py tests/test_launch_[dns]*.py)
 said="$(mktemp)"
 $bin/python -m pytest "${beside[@]}" >"$said" 2>&1 &
 trap 'kill $! 2>/dev/null; rm -f "$said"' EXIT

@@ -53,6 +53,7 @@ def test_the_defaults_are_valid() -> None:
         (RunConfig, {"max_minutes": 0.0}, r"run\.max_minutes=0\.0 must be positive"),
         (RunConfig, {"max_minutes": float("nan")}, r"run\.max_minutes=nan must be positive"),
         (RunConfig, {"stop_seconds": 0.0}, r"run\.stop_seconds=0\.0 must be positive"),
+        (RunConfig, {"panels_every": -1}, r"run\.panels_every=-1 must not be negative \(0 is off\)"),
         (RunConfig, {"sanity_every": -1}, r"run\.sanity_every=-1 must not be negative \(0 is off\)"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ CPU = torch.device("cpu")
 
 def losses(bce: float, gc: float = 0.0, counts: list[float] | None = None) -> Losses:
     total = torch.tensor(bce + gc)
-    pseudo = None if counts is None else torch.tensor(counts)
+    pseudo = None if counts is None else torch.tensor(counts)[:, None]
     return Losses(total=total, bce=torch.tensor(bce), gc=torch.tensor(gc), pseudo_counts=pseudo)
 
 
@@ -170,3 +171,52 @@ def test_a_state_does_not_change_with_the_meter() -> None:
     meter.load_state([state])
     meter.step(torch.tensor(2.0))
     assert (meter.read()["loss/bce"], meter.read()["gradient_norm"]) == (1.0, 2.0)
+
+
+def test_sums_of_a_version_that_summed_up_less_are_left_out() -> None:
+    meter = Meter(CPU, SoloComm(), num_classes=2)
+    meter.load_state([[1.0, -0.5, 4.0, 3.0, 6.0, 2.0, 1, 4, 0.1, 2.5]])
+    meter.add(Losses(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(0.0)), 2)
+    meter.step(torch.tensor(1.0))
+    assert meter.read()["loss/bce"] == 1.0
+
+
+# What differs between ranks, classes and rows
+
+
+def test_the_least_and_the_most_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adagc_dist.meter.time.perf_counter", lambda: 100.0)
+
+    def work(comm: Comm) -> dict[str, float]:
+        meter = Meter(CPU, comm)
+        meter._start = 98.0
+        meter.add(losses(1.0), 10 + comm.rank)
+        meter.synced(0.5 * comm.rank)
+        return meter.read({"memory_gb": 3.0 - comm.rank})
+
+    for values in run_threads(3, work):
+        assert (values["speed/samples_per_second_min"], values["speed/samples_per_second_max"]) == (5.0, 6.0)
+        assert values["speed/samples_per_second"] == 33 / 2
+        assert (values["speed/sync_share_min"], values["speed/sync_share_max"]) == (0.0, 0.5)
+        assert (values["speed/memory_gb_min"], values["speed/memory_gb_max"]) == (1.0, 3.0)
+
+
+def test_pseudo_labels_are_counted_by_class_over_all_ranks() -> None:
+    def work(comm: Comm) -> list[list[float]]:
+        meter = Meter(CPU, comm, num_classes=2)
+        given = losses(1.0)
+        for _ in range(2):
+            meter.add(replace(given, pseudo_counts=torch.tensor([[4.0, 1.0], [3.0, 0.0], [6.0, comm.rank]])), 3)
+        assert meter.read()["pseudo/count"] == 4 * 5
+        return meter.class_counts().tolist()
+
+    assert run_threads(2, work) == [[[16.0, 4.0], [12.0, 0.0], [24.0, 2.0]]] * 2
+
+
+def test_movement_is_the_mean_over_rows_that_had_an_average() -> None:
+    meter = Meter(CPU, SoloComm())
+    meter.add(replace(losses(1.0), moved=torch.tensor([0.0, 0.0])), 3)
+    assert "ema/movement" not in meter.read()
+    for change, rows in ((0.5, 2.0), (0.1, 4.0)):
+        meter.add(replace(losses(1.0), moved=torch.tensor([change, rows])), 3)
+    assert meter.read()["ema/movement"] == pytest.approx(0.1)

@@ -512,6 +512,18 @@ def test_the_first_prediction_is_taken_as_it_is_and_later_ones_blend() -> None:
     assert store.visits.tolist() == [0, 0, 0, 0, 2, 0]
 
 
+def test_a_blend_tells_how_far_the_averages_moved() -> None:
+    """Of rows that had one and were read."""
+    store = small_store(SoloComm())
+    store.blend(index(1, 2), torch.tensor([[0.2, 0.2], [0.6, 0.6]]))
+    assert store.moved.tolist() == [0.0, 0.0]
+    store.blend(index(1, 2, 3), torch.tensor([[1.2, 0.2], [0.0, 0.0], [1.0, 1.0]]))
+    torch.testing.assert_close(store.moved, torch.tensor([0.05 + 0.06, 2.0]))
+    read = torch.tensor([False, True])
+    store.blend(index(1, 2), torch.tensor([[float("nan")] * 2, [1.54, 0.54]]), read_B=read)
+    torch.testing.assert_close(store.moved, torch.tensor([0.05, 1.0]))
+
+
 def test_what_stands_in_a_row_that_was_never_written_is_no_matter() -> None:
     store = small_store(SoloComm())
     old = torch.full((6, 2), 1e8)

@@ -791,7 +791,7 @@ def test_what_cannot_work_is_told_before_ranks_are_started(
 class Scripted:
     """A detector that fires after the third epoch and calls the first one the best."""
 
-    best_epoch = 0
+    best_epoch, fired_map = 0, None
 
     def observe(self, noisy_map: float, replicates: Sequence[float]) -> Verdict:
         self.epochs = getattr(self, "epochs", 0) + 1

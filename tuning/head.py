@@ -4,7 +4,7 @@ import signal
 import subprocess
 import time
 
-from adagc_dist.agreement import StopReason
+from adagc_dist.reasons import StopReason
 from launch.stop import STOP_FILE
 from launch.supervise import EXIT_STOPPED
 from tuning.node import POLL_SECONDS, Node

@@ -20,6 +20,7 @@ __all__ = [
     "RayProcess",
     "adopt_orphans",
     "die_with_parent",
+    "kill_descendants",
     "object_store_bytes",
     "ray_environment",
     "temporary_base",
@@ -130,7 +131,7 @@ class RayProcess:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_SECONDS)
-        _kill_descendants()
+        kill_descendants()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self, *options: str) -> None:
@@ -175,7 +176,8 @@ def adopt_orphans() -> None:
     _PRCTL(_SET_CHILD_SUBREAPER, 1)
 
 
-def _kill_descendants() -> None:
+def kill_descendants() -> None:
+    """All that this process has started, and what was started by that."""
     me = psutil.Process()
     ends = time.monotonic() + _END_SECONDS
     while (found := me.children(recursive=True)) and time.monotonic() < ends:  # again, for those started meanwhile

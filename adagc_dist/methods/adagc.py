@@ -54,7 +54,7 @@ class AdaGC:
         logits_BC = self._engine.forward(batch.images)
         self._store.blend(batch.rows, logits_BC.detach().sigmoid(), read_B=batch.read_B)
         bce = batch.share(bce_B(logits_BC, batch.observed_BC))
-        return Losses(total=bce, bce=bce.detach(), gc=bce.detach().new_zeros(()))
+        return Losses(total=bce, bce=bce.detach(), gc=bce.detach().new_zeros(()), moved=self._store.moved)
 
     def _calibrated(self, batch: TrainingBatch) -> Losses:
         images, observed_BC = batch.images, batch.observed_BC
@@ -71,7 +71,7 @@ class AdaGC:
         bce = batch.share(bce_B(logits_BC, observed_BC))
         gc = batch.share(calibration_B(logits_BC, pseudo_BC, mask_unobserved(observed_BC)))
         gc = self._config.gc_weight * gc
-        return Losses(total=bce + gc, bce=bce.detach(), gc=gc.detach(), pseudo_counts=counts)
+        return Losses(total=bce + gc, bce=bce.detach(), gc=gc.detach(), pseudo_counts=counts, moved=self._store.moved)
 
     def _pseudo_labels(self, batch: TrainingBatch, student_BC: Tensor) -> Tensor:
         """The averages move first, then make the pseudo-labels together with the teacher (ELR's order, method reference
@@ -101,4 +101,4 @@ class AdaGC:
             hidden_BC = hidden_BC & batch.read_B[:, None]
         positive_BC = (pseudo_BC >= self._counted_from) & hidden_BC
         true_BC = batch.labels_BC & hidden_BC
-        return torch.stack([positive_BC.sum(), (positive_BC & true_BC).sum(), true_BC.sum()]).float()
+        return torch.stack([positive_BC.sum(0), (positive_BC & true_BC).sum(0), true_BC.sum(0)]).float()

@@ -27,14 +27,17 @@ class Losses:
         total: scalar, to be differentiated.
         bce: scalar without gradient.
         gc: scalar without gradient, already weighted; at most 0.
-        pseudo_counts: float32 [3], over the unobserved entries: pseudo-labels that count as positive, those among them
-            that are true, and true labels; None where no pseudo-labels were made. For monitoring only.
+        pseudo_counts: float32 [3, C], over the unobserved entries of each class: pseudo-labels that count as positive,
+            those among them that are true, and true labels; None where no pseudo-labels were made. For monitoring only.
+        moved: float32 [2], of the rows whose prediction average was there before: the sum of their mean absolute
+            changes, and how many they are; None where no averages are kept. For monitoring only.
     """
 
     total: Tensor
     bce: Tensor
     gc: Tensor
     pseudo_counts: Tensor | None = None
+    moved: Tensor | None = None
 
 
 class Method(Protocol):

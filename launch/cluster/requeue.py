@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from adagc_dist.agreement import StopReason
+from adagc_dist.reasons import StopReason
 
 __all__ = ["End", "Limits", "Start", "StartLog", "Verdict", "decide"]
 

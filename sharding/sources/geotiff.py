@@ -27,7 +27,7 @@ from sharding.manifest import SPLITS
 from sharding.sample import Place, Sample
 from sharding.sources.protocol import Index, PatchError
 
-__all__ = ["RebenTree", "decode_band", "decode_map", "reben_index", "tiff_session"]
+__all__ = ["RebenTree", "decode_band", "decode_map", "read_band", "reben_index", "tiff_session"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class RebenTree:
             pixels = np.empty(member.shape, dtype=np.uint16)
             for layer, band in enumerate(member.bands):
                 # all bands share the corner, and a CRS takes GDAL longer than the pixels
-                found = self._read(key, folder / f"{key}_{band}.tif", pixels[layer], locate=band == "B02")
+                path = folder / f"{key}_{band}.tif"
+                found = read_band(key, path, pixels[layer], root=self.root, locate=band == "B02")
                 place = place or found
             payload[member.name] = pixels
         return Sample(key, payload, labels_C, self._areas(key), place)
@@ -94,12 +95,14 @@ class RebenTree:
         except ValueError as error:
             raise PatchError(key, str(path.relative_to(self.root)), str(error)) from error
 
-    def _read(self, key: str, path: Path, out_HW: NDArray[np.uint16], *, locate: bool = False) -> Place | None:
-        try:
-            return decode_band(_content(path), path.name, out_HW, locate=locate)
-        except ValueError as error:
-            # relative to the root, so that the list of skipped patches does not depend on where the tree lies
-            raise PatchError(key, str(path.relative_to(self.root)), str(error)) from error
+
+def read_band(key: str, path: Path, out_HW: NDArray[np.uint16], *, root: Path, locate: bool = False) -> Place | None:
+    """``decode_band`` of a file of patch ``key``. Raises PatchError, which names the file below ``root``."""
+    try:
+        return decode_band(_content(path), path.name, out_HW, locate=locate)
+    except ValueError as error:
+        # relative to the root, so that the list of skipped patches does not depend on where the tree lies
+        raise PatchError(key, str(path.relative_to(root)), str(error)) from error
 
 
 def reben_index(folder: Path, *, include_snow_cloud: bool) -> Index:

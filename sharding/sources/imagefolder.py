@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -21,7 +22,7 @@ from sharding.sample import Sample
 from sharding.sources.labels import TableFile, join_name, parse_labels, parse_splits, split_name
 from sharding.sources.protocol import Index, PatchError
 
-__all__ = ["Images", "open_images"]
+__all__ = ["Archive", "Images", "common_size", "files_by_name", "open_images", "opened"]
 
 SPLIT_FOLDERS = {"images_tr": "train", "images_test": "test"}  # as in AID-multilabel
 _SIZES_ASKED = 9  # images whose size is looked at before all are read: the commonest is that of the source
@@ -65,7 +66,7 @@ class Images:
     classes: tuple[str, ...]
     members: tuple[Member, ...]
     unused: tuple[str, ...] = ()
-    _archive: "_Archive | None" = field(default=None, init=False, repr=False, compare=False)
+    _archive: "Archive | None" = field(default=None, init=False, repr=False, compare=False)
 
     def settings(self) -> dict[str, str | int | bool]:
         member = self.members[0]
@@ -73,12 +74,12 @@ class Images:
 
     def index(self) -> Index:
         """All images that the tables list. Raises as ``open_images`` does."""
-        with _opened(self.root) as archive:
+        with opened(self.root) as archive:
             return _join(archive, self.labels, self.split_file, self.split).index
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        with _opened(self.root) as archive:
+        with opened(self.root) as archive:
             self._archive = archive
             try:
                 yield
@@ -105,15 +106,24 @@ class Images:
         return Sample(key, {member.name: content}, labels_C, None, None)
 
 
-class _Archive:
+class Archive:
     """A folder, or an open zip: names below it, with slashes, and the bytes of each."""
 
     def __init__(self, root: Path, zipped: zipfile.ZipFile | None) -> None:
         self.root = root
         self._zip = zipped
-        self.names = sorted(_folder_names(root) if zipped is None else zipped.namelist())
-        self.images = [name for name in self.names if _is_image(name)]
-        self.by_key = {PurePosixPath(name).stem: name for name in self.images}
+
+    @cached_property
+    def names(self) -> list[str]:
+        return sorted(_folder_names(self.root) if self._zip is None else self._zip.namelist())
+
+    @cached_property
+    def images(self) -> list[str]:
+        return [name for name in self.names if _is_image(name)]
+
+    @cached_property
+    def by_key(self) -> dict[str, str]:
+        return {PurePosixPath(name).stem: name for name in self.images}
 
     def read(self, name: str) -> bytes:
         """Raises ValueError where a zip is damaged, OSError where there is no such file."""
@@ -151,17 +161,17 @@ def open_images(root: Path, labels: str, *, split_file: str | None = None, split
     """
     if split_file is not None and split is not None:
         raise ValueError(f"splits come either from {split_file} or are all {split!r}: give one of them")
-    with _opened(root) as archive:
+    with opened(root) as archive:
         joined = _join(archive, labels, split_file, split)
-        size = _common_size(archive, joined.files)
+        size = common_size(archive, joined.files)
     member = Member(joined.extension, RGB, (len(RGB), *size), "uint8", 0)
     return Images(root, labels, split_file, split, root.resolve().stem, joined.classes, (member,), joined.unused)
 
 
 @contextmanager
-def _opened(root: Path) -> Iterator[_Archive]:
+def opened(root: Path) -> Iterator[Archive]:
     if root.is_dir():
-        yield _Archive(root, None)
+        yield Archive(root, None)
         return
     if not root.is_file():
         raise FileNotFoundError(f"{root} is neither a folder nor a zip")
@@ -170,7 +180,7 @@ def _opened(root: Path) -> Iterator[_Archive]:
     except zipfile.BadZipFile as error:
         raise ValueError(f"{root} is no zip, or damaged: {error}") from error
     with zipped:
-        yield _Archive(root, zipped)
+        yield Archive(root, zipped)
 
 
 def _folder_names(root: Path) -> Iterator[str]:
@@ -185,9 +195,9 @@ def _is_image(name: str) -> bool:
     return path.suffix.lower().lstrip(".") in IMAGE_NAMES and not hidden
 
 
-def _join(archive: _Archive, labels: str, split_file: str | None, split: str | None) -> Joined:
+def _join(archive: Archive, labels: str, split_file: str | None, split: str | None) -> Joined:
     """Images and rows of the tables by ``join_name``; images in the order of their names."""
-    files = _files_by_name(archive)
+    files = files_by_name(archive)
     split_table = None if split_file is None else archive.table(split_file)
     found = parse_labels(archive.table(labels), split_table)
     rows = _rows_by_name(found.keys, labels)
@@ -210,7 +220,7 @@ def _join(archive: _Archive, labels: str, split_file: str | None, split: str | N
     return Joined(index, found.classes, _extension(archive.images), paths, tuple(filter(None, unused)))
 
 
-def _files_by_name(archive: _Archive) -> dict[str, str]:
+def files_by_name(archive: Archive) -> dict[str, str]:
     files: dict[str, str] = {}
     for path in archive.images:
         stem = PurePosixPath(path).stem
@@ -267,7 +277,7 @@ def _extension(paths: Sequence[str]) -> str:
     return next(iter(kinds))
 
 
-def _common_size(archive: _Archive, paths: Sequence[str]) -> tuple[int, int]:
+def common_size(archive: Archive, paths: Sequence[str]) -> tuple[int, int]:
     """Of most among a few images all over the list, so that a damaged or odd one in the first place does no harm."""
     step = max(len(paths) // _SIZES_ASKED, 1)
     sizes: Counter[tuple[int, int]] = Counter()

@@ -16,8 +16,8 @@ from adagc_dist.predict import Scores
 from adagc_dist.validate import Validator
 from launch.build import make_scorer
 from launch.data import Shards
-from launch.evaluate import _load_teacher
 from launch.recipe import load_config
+from launch.teacher import load_teacher
 from tests.damages import (
     BAD,
     flip_rows,
@@ -52,7 +52,7 @@ def lost(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scores_by_hand(run: Path, shards: Path, split: str) -> tuple[Scores, Shards]:
     """What the run's teacher says of an undamaged split; rows that are lost elsewhere are marked."""
     opened = Shards.open(load_config(run / "config.yaml", [f"data.shards={shards}"]))
-    model, _ = _load_teacher(run, opened, CPU)
+    model = load_teacher(run, opened.config, comm=SoloComm(), device=CPU).model
     table = opened.table(split)
     scores = make_scorer(opened, table, opened.pixels(CPU), comm=SoloComm(), device=CPU).score(model)
     read = np.ones(len(table), dtype=np.bool_)

@@ -261,12 +261,13 @@ def _rewritten(folder: Path) -> tuple[int, int]:
 
 
 def _written(folder: Path) -> Iterator[tuple[str, int, float]]:
-    """Every point in the event files but for speeds, whether it is shown or not."""
+    """Every point of a curve in the event files but for speeds, whether it is shown or not."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
 
     for file in sorted(folder.iterdir()):
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
-                if not _is_speed(value.tag):
-                    yield value.tag, event.step, float(make_ndarray(value.tensor))
+                point = make_ndarray(value.tensor)
+                if point.ndim == 0 and point.dtype.kind == "f" and not _is_speed(value.tag):
+                    yield value.tag, event.step, float(point)

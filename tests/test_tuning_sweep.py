@@ -1,0 +1,160 @@
+"""`adagc tune` for real: ranks, Ray and signals. A sweep comes to its end whatever is killed, trains no finished trial
+again, and leaves no process, no placement group and no file of Ray's.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from launch.recipe import load_config
+from tests.slurm.processes import kill, wait_until
+from tests.tiny import tiny_settings, write_tiny
+from tuning.command import main
+from tuning.record import SweepFolder
+from tuning.space import Base, load_space
+
+CHECKOUT = Path(__file__).parents[1]
+SPACE = "optim.lr: {choice: [0.003, 1e-9]}\nmethod.teacher_weight: {uniform: [0, 1]}\n"
+RATES = [1e-9, 0.003]  # of the first trials, by the seed
+TIMEOUT = 120
+
+
+class Tune:
+    """A sweep over tiny runs, in a folder of its own."""
+
+    def __init__(self, folder: Path, shards: Path) -> None:
+        self.folder, self.log = folder / "sweep", folder / "log"
+        self.sweep = SweepFolder(self.folder)
+        self._scratch = folder
+        (folder / "recipe.yaml").write_text("{}")
+        (folder / "space.yaml").write_text(SPACE)
+        settings = [word for word in tiny_settings(shards, folder) if not word.startswith("run.dir=")]
+        base = Base(str(folder / "recipe.yaml"), tuple(settings))
+        space = load_space(folder / "space.yaml")
+        self.seed = next(
+            seed
+            for seed in range(100)
+            if [space.draw(base, folder, seed, "trial", number)["optim.lr"] for number in range(len(RATES))] == RATES
+        )
+        options = ["--dir", self.folder, "--space", folder / "space.yaml", "--seed", self.seed]
+        self.words = [base.recipe, *settings, *map(str, options)]
+        others = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "RAY"))}
+        self.env = others | {"TMPDIR": str(folder)}
+
+    def start(self, *words: str, before: tuple[str, ...] = ()) -> "subprocess.Popen[bytes]":
+        command = [*before, sys.executable, "-m", "launch.cli", "tune", *self.words, *words]
+        with self.log.open("ab") as out:
+            return subprocess.Popen(command, env=self.env, stdout=out, stderr=out, cwd=CHECKOUT)
+
+    def processes(self, *words: str) -> list[psutil.Process]:
+        """Those of this sweep whose command line has these words."""
+        return [one for one in psutil.process_iter() if self._is_own(one) and set(words) <= {*_words(one)}]
+
+    def _is_own(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get("TMPDIR") == str(self._scratch)
+        except psutil.Error:
+            return False
+
+    def epochs(self, number: int) -> int:
+        trials = {trial.number: trial for trial in self.sweep.trials()}
+        return len(trials[number].epochs) if number in trials else 0
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_tiny(folder)
+    return folder
+
+
+@pytest.fixture
+def tune(tmp_path: Path, shards: Path) -> Iterator[Tune]:
+    """Whatever happens to it, it leaves nothing."""
+    tune = Tune(tmp_path, shards)
+    yield tune
+    assert not tune.processes(), tune.log.read_text()
+    assert not [*tmp_path.glob("ray-*"), *Path("/tmp").glob("ray-local.*")]
+    assert not (tune.folder / ".ray-tune").exists()
+
+
+def test_two_ranks_a_trial_asha_and_a_rank_that_is_killed(tune: Tune, tmp_path: Path) -> None:
+    cluster = (sys.executable, "-m", "tuning.cluster", "--dir", str(tune.folder), "--object-store", "80000000", "--")
+    census = (sys.executable, "-m", "tests.tune_census", str(tmp_path / "census"))
+    process = tune.start("--ranks-per-trial", "2", "--trials", "2", before=(*cluster, *census))
+    wait_until(lambda: tune.epochs(0) == 1, "an epoch of the first trial", TIMEOUT)
+    first = [one for one in tune.processes("launch.train") if one.environ().get("RANK") == "1"]
+    kill(*(one.pid for one in first))
+    assert process.wait(2 * TIMEOUT) == 0, tune.log.read_text()
+    told = tune.log.read_text()
+
+    trials = tune.sweep.trials()
+    assert [trial.state for trial in trials] == ["pruned", "finished"]  # the first one comes again last
+    assert [len(trial.errors) for trial in trials] == [1, 0]
+    assert "rank 1 was killed by SIGKILL" in trials[0].errors[0]
+    assert "trial 0000 is tried again" in told
+    # the trigger is forced after 1 of 4 epochs, and one is left to show; a next one may end while the ranks are told
+    assert len(trials[0].epochs) in (2, 3)
+    assert len(trials[1].epochs) == 4
+    assert "2 rank(s) on cpu" in (trials[0].path / "log.txt").read_text()
+
+    found = json.loads((tmp_path / "census").read_text())
+    assert found["groups"] == ["REMOVED"] * 3  # two trials, one of them twice
+    assert found["resources"]["CPU"][0] == found["resources"]["CPU"][1]
+    rows = pq.read_table(tune.folder / "trials.parquet").to_pylist()  # type: ignore[no-untyped-call]
+    assert [row["samples"] for row in rows] == [90 * len(trial.epochs) for trial in trials]
+    assert load_config(tune.folder / "best.yaml").optim.lr == 0.003
+
+
+def test_a_sweep_goes_on_after_a_stop_and_after_a_kill_of_its_driver(tune: Tune) -> None:
+    words = ("--trials", "3", "--scheduler", "none", "--resume")
+    process = tune.start(*words)
+    wait_until(lambda: tune.epochs(0) >= 1, "an epoch of the first trial", TIMEOUT)
+    process.terminate()
+    assert process.wait(TIMEOUT) == 75, tune.log.read_text()
+    states = [json.loads(path.read_text())["state"] for path in tune.folder.glob("trials/*/status.json")]
+    assert states
+    assert "running" not in states
+
+    process = tune.start(*words)
+    wait_until(lambda: tune.epochs(2) >= 1, "an epoch of the third trial", TIMEOUT)
+    done = [trial for trial in tune.sweep.trials() if trial.state == "finished"]
+    lines = {trial.number: (trial.path / "log.txt").read_text() for trial in done}
+    assert lines
+    kill(*(one.pid for one in tune.processes("tuning.sweep") if "tuning.step" not in _words(one)))
+    assert process.wait(TIMEOUT) != 0
+    assert not tune.processes()
+
+    assert tune.start(*words).wait(2 * TIMEOUT) == 0, tune.log.read_text()
+    trials = tune.sweep.trials()
+    assert [trial.state for trial in trials] == ["finished"] * 3
+    assert {number: (trials[number].path / "log.txt").read_text() for number in lines} == lines
+    assert "epoch-000" in (trials[2].path / "log.txt").read_text()  # from its own checkpoint
+
+
+def test_what_cannot_be_is_told_before_anything_starts(tune: Tune, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*words: str) -> str:
+        assert main([*tune.words, *words], {}) == 2
+        return capsys.readouterr().err
+
+    (tune.folder.parent / "wrong.yaml").write_text("optim.lrate: {uniform: [0, 1]}")
+    wrong = told("--space", str(tune.folder.parent / "wrong.yaml"))
+    assert re.search(r"adagc tune: .*wrong.yaml: optim.lrate=0.0: unknown key optim.lrate: did you mean", wrong)
+    assert "--gpus-per-trial and engine.device=cpu" in told("--gpus-per-trial", "1")
+    assert "data.shards" in told("data.shards=")
+    assert not tune.folder.exists()
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
