@@ -23,7 +23,7 @@ from launch.cluster.preflight import preflight
 from launch.cluster.requeue import End, Limits, Start, StartLog, Verdict, decide
 from launch.cluster.slurm import Allocation, JobControl, SlurmError
 from launch.cluster.steps import Steps
-from launch.rundir import LOGS, check_unused, mark_failed
+from launch.rundir import LOGS, check_unused, make_folder, mark_failed
 from launch.supervise import EXIT_STOPPED, supervise
 
 __all__ = ["TrainingJob", "main"]
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not allocation.restarts:
             check_unused(config)
         check(config, ranks * len(allocation.hosts))
+        make_folder(config)
 
     return exit_code("launch.job", ready) or job.run()
 

@@ -33,9 +33,7 @@ _DEGREE_DIGITS = 6  # 0.1 m
 def add_output(parser: argparse.ArgumentParser) -> None:
     """--out and --format."""
     parser.add_argument("--out", type=_file, required=True, metavar="FILE", help="the file to write")
-    parser.add_argument(
-        "--format", choices=("parquet", "csv", "geojson"), help="of FILE (default: by its ending, else parquet)"
-    )
+    parser.add_argument("--format", choices=("parquet", "csv", "geojson"), help="of FILE (default: by its ending)")
 
 
 def check_output(out: Path) -> None:
@@ -57,9 +55,11 @@ def chosen_format(out: Path, form: str | None, places: Places | None) -> str:
     """parquet, csv or geojson: ``form``, or what the ending of ``out`` says.
 
     Raises:
-        ValueError: GeoJSON, and no patch has a place.
+        ValueError: the ending says nothing; or GeoJSON, and no patch has a place.
     """
-    chosen = form or _ENDINGS.get(out.suffix.lower(), "parquet")
+    chosen = form or _ENDINGS.get(out.suffix.lower())
+    if chosen is None:
+        raise ValueError(f"{out} ends in none of {', '.join(_ENDINGS)}: name such a file, or give its --format")
     if chosen == "geojson" and (places is None or not places.known_N.any()):
         raise ValueError(f"{out}: no patch has a known place to draw it at; take --format parquet or csv")
     return chosen

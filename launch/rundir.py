@@ -42,7 +42,7 @@ from launch.lock import RunLock
 from launch.recipe import dump_config, flatten, load_config
 from launch.stop import STOP_FILE
 
-__all__ = ["LOGS", "TEACHER", "RunFolder", "check_unused", "mark_failed"]
+__all__ = ["LOGS", "TEACHER", "RunFolder", "check_unused", "make_folder", "mark_failed"]
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class RunFolder:
         """
         with first_error_everywhere(self._comm):
             if self._comm.rank == 0:
-                self._path.mkdir(parents=True, exist_ok=True)
+                make_folder(self._config)
                 self._lock.hold()
                 self._check_unchanged()
                 for left in self._path.glob(".*.partial"):  # by a process that was killed
@@ -231,7 +231,7 @@ class RunFolder:
             log.warning("%s was there before this run began: removed", self.stop_file)
 
     def _check_free(self) -> None:
-        if not self._path.exists() or all(_is_beginning(path) for path in self._path.iterdir()):
+        if not self._path.is_dir() or all(_is_beginning(path) for path in self._path.iterdir()):
             return
         name = self._config.run.dir
         if not (self._path / "config.yaml").is_file():
@@ -293,6 +293,19 @@ def _run(trainer: Trainer) -> Stopped | None:
     except Stopped as stopped:
         return stopped
     return None
+
+
+def make_folder(config: Config) -> None:
+    """``run.dir``, if it is not there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        config.run_path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it, or a part of its path, is a file" if config.run_path.is_file() else error.strerror
+        raise OSError(f"run.dir={config.run.dir} cannot be made ({reason}): name another folder") from error
 
 
 def check_unused(config: Config) -> None:

@@ -322,6 +322,16 @@ def test_shards_that_have_moved_are_named(run: Path, tiny_shards: Path, tmp_path
     assert out.is_file()
 
 
+def test_an_ending_that_says_nothing_is_no_format(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "labels.txt"
+    assert averages_of(run, out) == 1
+    assert f"{out} ends in none of .parquet, " in capsys.readouterr().err
+    assert not out.exists()
+    assert averages_of(run, out, "--format", "csv") == 0
+
+
 def test_a_folder_is_no_file_to_write(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         command.main([str(run), "--out", str(tmp_path)])

@@ -163,6 +163,16 @@ def test_a_file_system_without_locks_is_told_and_used(
         first.checkpoints.wait()
 
 
+@pytest.mark.usefixtures("no_log")
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_file_is_no_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    run = folder(tmp_path / name)
+    run.check()  # it is told where the folder is made
+    with pytest.raises(OSError, match=rf"run\.dir={tmp_path}/{name} cannot be made \(.+\): name another folder"):
+        run.claim()
+
+
 HOLDER = """
 import os, sys, time
 from pathlib import Path

@@ -91,6 +91,12 @@ def test_another_sweep_is_refused_with_the_difference(sweep: SweepFolder) -> Non
         sweep.check(make_plan(seed=1), resume=True)
 
 
+def test_a_file_is_no_sweep(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--dir .*file is a file: name a folder"):
+        SweepFolder(tmp_path / "file").check(make_plan(), resume=False)
+
+
 def test_a_run_is_no_sweep_and_a_new_folder_is_free(sweep: SweepFolder, tmp_path: Path) -> None:
     SweepFolder(tmp_path / "new").check(make_plan(), resume=True)
     with pytest.raises(ValueError, match="is a run's folder"):

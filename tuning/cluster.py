@@ -46,6 +46,11 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         print(f"tuning.cluster: {told}; write it after --dir SWEEP --", file=sys.stderr)
         return 2
     arguments.command, arguments.dir = command, arguments.dir.absolute()
+    try:
+        arguments.dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"tuning.cluster: --dir {arguments.dir} cannot be made ({error.strerror})", file=sys.stderr)
+        return 2
     allocation = None
     if "SLURM_JOB_ID" in env:
         try:

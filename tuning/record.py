@@ -165,6 +165,8 @@ class SweepFolder:
             ValueError: it holds something else, another sweep, or this one, which is not to be resumed.
         """
         known = self.path / "sweep.json"
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--dir {self.path} is a file: name a folder")
         if not known.is_file():
             if (self.path / "config.yaml").exists():
                 raise ValueError(f"{self.path} is a run's folder: name another with --dir")

@@ -30,7 +30,7 @@ def _told(findings: Sequence[Finding]) -> Iterator[str]:
         same.setdefault((finding.severity, finding.what, remedy), []).append(finding.host)
     for (severity, what, remedy), hosts in same.items():
         label = "ERROR" if severity == "error" else severity
-        yield f"{label:<8}{join_hosts(hosts)}: {what}. Remedy: {remedy.replace('HOST', ','.join(hosts))}"
+        yield f"{label:<8}{join_hosts(hosts)}: {what.rstrip('.')}. Remedy: {remedy.replace('HOST', ','.join(hosts))}"
 
 
 def _line(label: str, text: str, hosts: Sequence[str]) -> str:
