@@ -14,7 +14,7 @@ from torch import Tensor
 from adagc_dist.comm import Comm
 from adagc_dist.reasons import StopReason
 
-__all__ = ["Agreement", "Answer", "NoRequests", "Requests", "StopReason", "Stopped"]
+__all__ = ["Agreement", "Answer", "NoRequests", "Requests", "Stopped"]
 
 
 _REASONS = tuple(StopReason)

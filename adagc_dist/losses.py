@@ -20,7 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["COMBINATIONS", "MAX_PSEUDO", "bce_B", "calibration_B", "combine_pseudo_labels", "mask_unobserved"]
+__all__ = [
+    "COMBINATIONS",
+    "MAX_PSEUDO",
+    "bce_B",
+    "calibration_B",
+    "combine_pseudo_labels",
+    "mask_unobserved",
+    "wide",
+]
 
 COMBINATIONS = ("mean", "max", "product")
 MAX_PSEUDO = 1 - 1e-4  # log(1 - p t) is bounded below by log(1e-4) only because t stays below 1
@@ -38,7 +46,7 @@ def bce_B(logits_BC: Tensor, targets_BC: Tensor) -> Tensor:
     """
     _require_same_shape(logits_BC, targets=targets_BC)
     with torch.autocast(logits_BC.device.type, enabled=False):
-        z_BC = _wide(logits_BC)
+        z_BC = wide(logits_BC)
         return F.binary_cross_entropy_with_logits(z_BC, targets_BC.to(z_BC.dtype), reduction="none").mean(dim=1)
 
 
@@ -59,21 +67,28 @@ def calibration_B(logits_BC: Tensor, pseudo_BC: Tensor, mask_BC: Tensor) -> Tens
     """
     _require_same_shape(logits_BC, pseudo=pseudo_BC, mask=mask_BC)
     with torch.autocast(logits_BC.device.type, enabled=False):
-        z_BC = _wide(logits_BC)
-        t_BC = _wide(pseudo_BC.detach()).clamp(max=MAX_PSEUDO)
+        z_BC = wide(logits_BC)
+        t_BC = wide(pseudo_BC.detach()).clamp(max=MAX_PSEUDO)
         log_BC = torch.logaddexp(F.logsigmoid(-z_BC), F.logsigmoid(z_BC) + torch.log1p(-t_BC))
         # at t = 0 the terms cancel only to rounding; the factor makes an absent pseudo-label exactly assume-negative
-        return (_wide(mask_BC) * (t_BC > 0) * log_BC).mean(dim=1)
+        return (wide(mask_BC) * (t_BC > 0) * log_BC).mean(dim=1)
 
 
 def mask_unobserved(observed_BC: Tensor) -> Tensor:
     """[B, C] float: 1 - y, one where the label is unobserved; soft for mixed labels (1(y = 0) without Mixup)."""
-    return 1 - _wide(observed_BC)
+    return 1 - wide(observed_BC)
 
 
 @torch.no_grad()
 def combine_pseudo_labels(
-    teacher_BC: Tensor, ema_BC: Tensor, *, combine: str, teacher_weight: float, threshold: float, observed_BC: Tensor
+    teacher_BC: Tensor,
+    ema_BC: Tensor,
+    *,
+    combine: str,
+    teacher_weight: float,
+    threshold: float,
+    observed_BC: Tensor,
+    levels_C: Tensor | None = None,
 ) -> Tensor:
     """[B, C] pseudo-labels t in [0, 1], at least float32, without gradient.
 
@@ -84,6 +99,7 @@ def combine_pseudo_labels(
             agree); "max" the larger (complete: one suffices), which ignores w.
         teacher_weight: w in [0, 1]; 1 is the teacher alone, 0 the moving average alone.
         threshold: t below it becomes 0; 0 is off.
+        levels_C: float32; what reaches its class's level becomes 1, what does not 0. None: t is as it is.
         observed_BC: observed labels before Mixup (bool, or float where > 0 is observed); there t = 1. Masked by its own
             row, it still counts after Mixup, where the mask is soft.
 
@@ -94,9 +110,16 @@ def combine_pseudo_labels(
     for name, value in (("teacher_weight", teacher_weight), ("threshold", threshold)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value} is outside [0, 1]: pseudo-labels are combined from probabilities")
-    combined_BC = _combine(_wide(teacher_BC), _wide(ema_BC), combine=combine, teacher_weight=teacher_weight)
+    combined_BC = _combine(wide(teacher_BC), wide(ema_BC), combine=combine, teacher_weight=teacher_weight)
     kept_BC = torch.where(combined_BC < threshold, torch.zeros_like(combined_BC), combined_BC)
+    if levels_C is not None:
+        kept_BC = (kept_BC >= levels_C).to(kept_BC.dtype)
     return torch.where(observed_BC > 0, torch.ones_like(kept_BC), kept_BC)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half precision, bool and integers as float32; float64 stays, so that finite differences can check gradients."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _combine(teacher_BC: Tensor, ema_BC: Tensor, *, combine: str, teacher_weight: float) -> Tensor:
@@ -107,11 +130,6 @@ def _combine(teacher_BC: Tensor, ema_BC: Tensor, *, combine: str, teacher_weight
     if combine == "max":
         return torch.maximum(teacher_BC, ema_BC)
     raise ValueError(f"combine={combine!r} is unknown: one of {', '.join(COMBINATIONS)}")
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Half precision, bool and integers as float32; float64 stays, so that finite differences can check gradients."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _require_same_shape(reference_BC: Tensor, **others: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from adagc_dist.boost import boosted
 from adagc_dist.config import ModelConfig
 
 __all__ = ["create_student", "set_prior_bias"]
@@ -24,7 +25,8 @@ def create_student(config: ModelConfig, *, num_bands: int, num_classes: int, see
     timm spreads pretrained kernels of another number of bands over ours and keeps their scale.
 
     Raises:
-        ValueError: timm does not know the name or an argument, or the weights cannot be had; the message says which.
+        ValueError: timm does not know the name or an argument, the weights cannot be had, or the head is not to be had
+            with this network; the message says which.
     """
     _check_name(config.name)
     with torch.random.fork_rng(devices=[]):
@@ -41,7 +43,7 @@ def create_student(config: ModelConfig, *, num_bands: int, num_classes: int, see
             ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model.name={config.name} is no network")
-    return model
+    return boosted(model, config, num_bands=num_bands) if config.head == "boostlu" else model
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from enum import Enum
 
-__all__ = ["StopReason"]
+__all__ = ["StopReason", "TakenOver"]
 
 
 class StopReason(Enum):
@@ -13,4 +13,9 @@ class StopReason(Enum):
     SIGINT = "SIGINT"
     FILE = "the file STOP in the run's folder"
     BUDGET = "run.max_minutes is spent"
+    EPOCHS = "run.max_epochs are done"
     ORPHANED = "the launcher has gone"
+
+
+class TakenOver(ValueError):
+    """Another process writes to the run's folder now: this one is to write no more."""

@@ -82,8 +82,13 @@ class RowStore:
         self._marks.zero_()
 
     def begin_epoch(self) -> None:
-        """Visits are counted from 0 again."""
+        """Visits are counted from 0 again. Collective where a store has something to settle between epochs."""
         self._marks.bitwise_and_(_WRITTEN)
+
+    def step(self, number: int, lr: float) -> None:
+        """The student's step ``number`` (from 1, over the whole run) was taken at ``lr``: values that are parameters
+        take theirs. Here there are none.
+        """
 
     def locate(self, rows: NDArray[np.int32]) -> slice | Tensor:
         """Where the rows lie in ``values``: a slice if they are consecutive (as in training), else an index on the
@@ -164,7 +169,8 @@ class RowStore:
 
     def state(self) -> dict[str, Tensor]:
         """This rank's rows: rows int32 [n], values [n, width], marks int16 [n]; views, not copies."""
-        return {"rows": torch.from_numpy(self.rows), "values": self.values, "marks": self._marks[: self._size]}
+        values, marks = self._table[: self._size], self._marks[: self._size]
+        return {"rows": torch.from_numpy(self.rows), "values": values, "marks": marks}
 
     def load_state(self, state: Mapping[str, Tensor], *, places: int = 0) -> None:
         """Own the rows of ``state``, in any order, whatever was owned before; together the ranks' states name every row
@@ -257,7 +263,12 @@ class RowStore:
 class PredictionStore(RowStore):
     """The moving average of each sample's predictions: ema <- m ema + (1 - m) p, float32 whatever the model runs in.
 
-    The first prediction of a row is taken as it is (method.md 7.1), so no bias correction is needed.
+    The first prediction of a row is taken as it is (method.md 7.1) unless ``blend`` is told a start, so no bias
+    correction is needed.
+
+    Args:
+        extra: further columns of the table, for what a method keeps beside; ``values`` leaves them out, ``fetch`` and
+            ``record`` do not, and they move and are saved with the rows.
     """
 
     def __init__(
@@ -269,33 +280,65 @@ class PredictionStore(RowStore):
         comm: Comm,
         device: torch.device,
         exchange: str = "all_gather",
+        extra: int = 0,
     ) -> None:
-        super().__init__(num_rows, num_classes, comm=comm, device=device, exchange=exchange)
-        self.momentum = momentum
+        super().__init__(num_rows, num_classes + extra, comm=comm, device=device, exchange=exchange)
+        self.momentum, self.num_classes = momentum, num_classes
         self.moved = torch.zeros(2, device=device)
-        """Of the last ``blend``, for monitoring: the sum over rows that had an average of its mean absolute change, and
-        how many rows that are."""
+        """Of the last ``record``, for monitoring: the sum over rows that had an average of its mean absolute change,
+        and how many rows that are."""
 
-    def blend(self, rows: NDArray[np.int32], probs_BC: Tensor, *, read_B: Tensor | None = None) -> Tensor:
-        """Move the rows' averages towards ``probs_BC`` and return the new values, float32 [B, C]; local, no host
-        sync. Rows that ``read_B`` (bool [B]) leaves out are not touched.
+    @property
+    def values(self) -> Tensor:
+        """[n, C]: a view of the averages."""
+        return self._table[: self._size, : self.num_classes]
+
+    def fetch(self, rows: NDArray[np.int32]) -> tuple[Tensor, Tensor]:
+        """float32 [B, width] values of the rows, perhaps a view of the table, and bool [B], whether each was ever
+        written; local.
         """
         place = self.locate(rows)
+        return self._table[place], is_written(self._marks[place])
+
+    def record(self, rows: NDArray[np.int32], values: Tensor, *, read_B: Tensor | None = None) -> Tensor:
+        """Write the rows' values, [B, width], count a visit of each, and return what they are now; local, no host sync.
+        Rows that ``read_B`` (bool [B]) leaves out are not touched.
+        """
+        place, classes = self.locate(rows), slice(self.num_classes)
         old, marks = self._table[place], self._marks[place]
-        seen = is_written(marks)
-        weight = torch.where(seen, 1.0 - self.momentum, 1.0)[:, None]
-        new = old + weight * (probs_BC.detach().float() - old)
-        # exact: old + 1*(p - old) is p only up to rounding
-        new = torch.where(seen[:, None], new, probs_BC.detach().float())
-        counted = (marks | _WRITTEN) + 1
+        seen, counted = is_written(marks), (marks | _WRITTEN) + 1
         if read_B is not None:
-            new, counted = torch.where(read_B[:, None], new, old), torch.where(read_B, counted, marks)
+            values, counted = torch.where(read_B[:, None], values, old), torch.where(read_B, counted, marks)
             seen = seen & read_B
-        change = torch.where(seen, (new - old).abs().mean(1), 0.0)
+        change = torch.where(seen, (values[:, classes] - old[:, classes]).abs().mean(1), 0.0)
         self.moved = torch.stack([change.sum(), seen.sum()])
-        self._table[place] = new
+        self._table[place] = values
         self._marks[place] = counted
-        return new
+        return values
+
+    def blend(
+        self,
+        rows: NDArray[np.int32],
+        probs_BC: Tensor,
+        *,
+        read_B: Tensor | None = None,
+        start_BC: Tensor | None = None,
+    ) -> Tensor:
+        """Move the rows' averages towards ``probs_BC`` and return the new values, float32 [B, C]; local, no host
+        sync. Rows that ``read_B`` (bool [B]) leaves out are not touched.
+
+        Args:
+            start_BC: the averages that rows have before their first prediction; None: that prediction is taken as it
+                is.
+        """
+        old, seen = self.fetch(rows)
+        probs_BC = probs_BC.detach().float()
+        first = probs_BC if start_BC is None else self._moved(start_BC.float(), probs_BC)
+        new = torch.where(seen[:, None], self._moved(old, probs_BC), first)
+        return self.record(rows, new, read_B=read_B)
+
+    def _moved(self, old_BC: Tensor, probs_BC: Tensor) -> Tensor:
+        return old_BC + (1.0 - self.momentum) * (probs_BC - old_BC)
 
 
 def is_written(marks: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EmaTeacher", "momentum_for_lag"]
+from adagc_dist.config import MethodConfig
+
+__all__ = ["EmaTeacher", "momentum_for_lag", "teacher_momentum"]
 
 
 class EmaTeacher:
@@ -30,6 +32,12 @@ class EmaTeacher:
         torch._foreach_lerp_(self._ours, _as_float(self._theirs), 1.0 - momentum)
         if self._our_buffers:
             torch._foreach_copy_(self._our_buffers, self._their_buffers)
+
+
+def teacher_momentum(config: MethodConfig, steps_per_epoch: int) -> float:
+    """As configured, or from the lag."""
+    named = config.teacher_momentum
+    return named if named is not None else momentum_for_lag(config.teacher_lag, steps_per_epoch)
 
 
 def momentum_for_lag(epochs: float, steps_per_epoch: int) -> float:

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adagc_dist.agreement import Agreement, Answer, NoRequests, Requests, Stopped, StopReason
+from adagc_dist.agreement import Agreement, Answer, NoRequests, Requests, Stopped
 from adagc_dist.comm import Comm
+from adagc_dist.reasons import StopReason
 from tests.ranks import run_ranks, run_threads
 
 STEPS = 6

@@ -53,7 +53,9 @@ def parts(**settings: Any) -> tuple[Any, DdpEngine, EmaTeacher]:
     with torch.no_grad():
         for parameter in teacher.model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
-    method = make_method(config.method, engine=engine, teacher=teacher, comm=SoloComm(), num_rows=12, num_classes=C)
+    method = make_method(
+        config, engine=engine, teacher=teacher, comm=SoloComm(), num_rows=12, num_classes=C, max_rows=B
+    )
     if method.store is not None:
         method.store.home(Owners((np.arange(12, dtype=np.int32),)))
     return method, engine, teacher

@@ -1,29 +1,25 @@
-"""Assume negative (AN): binary cross-entropy with every unobserved label taken for absent (Cole et al., CVPR 2021)."""
+"""Assume negative (AN): binary cross-entropy with every unobserved label taken for absent::
 
-from adagc_dist.comm import Engine
-from adagc_dist.feed import TrainingBatch
-from adagc_dist.losses import bce_B
-from adagc_dist.methods.protocol import Losses, Phase
-from adagc_dist.store import PredictionStore
+    y = 1    -log p
+    y = 0    -log(1 - p)                                            d/dz = p
+
+Cole et al., "Multi-Label Learning from Single Positive Labels", CVPR 2021, arXiv 2106.09708;
+github.com/elijahcole/single-positive-multi-label.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from adagc_dist.methods.baseline import Epoch
 
 __all__ = ["AssumeNegative"]
 
 
+@dataclass(frozen=True)
 class AssumeNegative:
     """The baseline; under ``spml.policy=full`` its labels are complete, and it is the upper bound."""
 
-    def __init__(self, *, engine: Engine) -> None:
-        self._engine = engine
-
-    @property
-    def calibrates(self) -> bool:
-        return False
-
-    @property
-    def store(self) -> PredictionStore | None:
-        return None
-
-    def losses(self, batch: TrainingBatch, phase: Phase) -> Losses:
-        logits_BC = self._engine.forward(batch.images)
-        bce = batch.share(bce_B(logits_BC, batch.observed_BC))
-        return Losses(total=bce, bce=bce.detach(), gc=bce.detach().new_zeros(()))
+    def __call__(self, logits_BC: Tensor, observed_BC: Tensor, epoch: Epoch) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits_BC, observed_BC, reduction="none")
