@@ -6,8 +6,8 @@
     PR curves, Images   every ``run.panels_every`` epochs
     HParams         the settings, beside the last values of the validation's means
 
-Everything is written by rank 0, after the validation, from what is at hand there: no pass over data is added, and
-nothing is done in a step.
+Everything is written by rank 0, after the validation, from what is at hand there: no pass over data is added. A step
+only adds up on the device: pseudo-labels by class (``Meter``), how far the averages moved (``PredictionStore.moved``).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

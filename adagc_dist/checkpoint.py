@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adagc_dist.comm import Comm, first_error_everywhere
+from adagc_dist.reasons import TakenOver
 from adagc_dist.tracking import write_json
 from sharding.manifest import file_digest
 from sharding.partial import sync
@@ -159,8 +160,8 @@ class CheckpointStore:
     Args:
         keep: the newest ones that are kept, and those that a rewind from them needs.
         on_error: a save that fails stops the run at the next save or at the end, or is told and forgotten.
-        guard: called by rank 0 before it writes; raises a ValueError if this run may not write here any more, which
-            stops it in any case.
+        guard: called by rank 0 before it writes; raises TakenOver if this run may not write here any more, which ends
+            rank 0 in any case, and the others as soon as they miss it.
     """
 
     def __init__(
@@ -209,7 +210,7 @@ class CheckpointStore:
         ended.join()
         if ended.error is None:
             return
-        if strict or self._on_error == "stop" or isinstance(ended.error, ValueError):
+        if strict or self._on_error == "stop" or isinstance(ended.error, TakenOver):
             raise ended.error
         log.warning("no checkpoint was written: %s. The run goes on (run.on_save_error=continue)", ended.error)
 
@@ -265,8 +266,8 @@ class _Save(threading.Thread):
         except Exception as error:
             self.error = error
             traceback.clear_frames(error.__traceback__)  # they hold parts of the copy
-            guarded, complete = isinstance(error, ValueError), (self._folder / _MARKER).exists()
-            if self._comm.rank == 0 and not guarded and not complete:  # another's, or only the pruning failed
+            others, complete = isinstance(error, TakenOver), (self._folder / _MARKER).exists()
+            if self._comm.rank == 0 and not others and not complete:  # complete: only the pruning failed
                 shutil.rmtree(self._folder, ignore_errors=True)  # a full disk needs the room
         finally:
             del self._content  # a copy of all that is learnt, and nobody needs it any more

@@ -5,11 +5,13 @@ A recipe (YAML) names any of these keys; dotted overrides name them as ``section
 """
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 __all__ = [
+    "CHANGEABLE",
     "Config",
     "DataConfig",
     "DetectorConfig",
@@ -18,8 +20,21 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "RunConfig",
+    "ScheduleConfig",
     "SpmlConfig",
 ]
+
+CHANGEABLE = (
+    "method.gc_weight",
+    "method.mixup_alpha",
+    "method.prediction_momentum",
+    "method.pseudo_threshold",
+    "method.teacher_lag",
+    "method.teacher_momentum",
+    "method.teacher_weight",
+    "optim.lr",
+)
+"""What may change within a run (``schedule.changes``): numbers that no state depends on."""
 
 _EVERY = re.compile(r"epoch|(?P<count>[1-9]\d*) ?(?P<unit>step|minute)s?")
 
@@ -82,12 +97,21 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SpmlConfig:
-    policy: Literal["random", "dominant", "full"] = "random"
-    """The one positive each patch keeps: random (uniform over its labels), dominant (largest area); full keeps all (the
-    upper bound).
+    policy: Literal["random", "dominant", "file", "full"] = "random"
+    """The one positive each patch keeps: random (uniform over its labels), dominant (largest area), file (spml.file has
+    it); full keeps all (the upper bound).
     """
+    file: str = ""
+    """With policy=file: CSV, TSV or parquet with columns patch_id and label, a label for each patch of train and
+    validation."""
     seed: int = 0
     """Seed of the random choice: a function of (seed, patch key) alone."""
+
+    def __post_init__(self) -> None:
+        _check(
+            (self.policy == "file") == bool(self.file),
+            f"spml.policy={self.policy} and spml.file={self.file!r}: the file goes with spml.policy=file",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +126,36 @@ class ModelConfig:
     prior_bias: bool = True
     """Start the head's bias at the log odds of each class among the observed labels, so that the first predictions,
     which the prediction averages remember longest, say "rare" and not 0.5."""
+    head: Literal["linear", "boostlu"] = "linear"
+    """linear: the model's own; boostlu: the same weights on the feature map, where positive values are multiplied by
+    boost before they are averaged (for networks that end in average pooling and a linear layer)."""
+    boost: float = 5.0
+    """Factor of head=boostlu; 1 is linear."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model, e.g. {drop_path_rate: 0.1}."""
+
+    def __post_init__(self) -> None:
+        _check(self.boost > 0, f"model.boost={self.boost} must be positive (1 is model.head=linear)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    name: Literal["adagc", "an"] = "adagc"
-    """adagc: gradient calibration after the trigger; an: assume-negative BCE throughout."""
+    name: Literal[
+        "adagc", "an", "an_ls", "wan", "epr", "role", "em", "em_apl", "ll_r", "ll_ct", "ll_cp", "gr", "hill", "splc",
+        "focal", "asl", "elr", "sat", "softmax",
+    ] = "adagc"  # fmt: skip
+    """adagc: gradient calibration after the trigger; an: assume-negative BCE throughout. Further baselines: an_ls: an
+    with smoothed labels; wan: with light negatives; epr: positives alone, and their expected number; role: and
+    estimated labels; em: unobserved labels held uncertain; em_apl: and low scores become soft negatives; ll_r, ll_ct,
+    ll_cp: the largest losses left out, corrected, or corrected for good; gr: generalised robust loss; hill: large
+    scores pushed less; splc: large scores become positives; focal, asl: focus on hard labels, alike or asymmetric; elr:
+    held near earlier predictions; sat: labels that move to the predictions; softmax: which class a draw would show."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Numbers of a baseline, e.g. {epsilon: 0.2}. an_ls: epsilon; wan: gamma; epr: expected_positives (required: the
+    mean number of labels per patch); role: expected_positives (required), lr_factor; em: alpha; em_apl: alpha, beta,
+    share, warmup_epochs; ll_r, ll_ct, ll_cp: delta_rel; gr: w_first, w_last, b_first, b_last, mu_first,
+    mu_last, sigma_first, sigma_last, q2, q3; hill: lamb, margin, gamma; splc: tau, change_epoch, margin, gamma; focal:
+    gamma; asl: gamma_neg, gamma_pos, clip; elr: weight, momentum; sat: momentum, warmup_epochs."""
     teacher_momentum: float | None = None
     """Momentum of the teacher's weights per step; null: from teacher_lag."""
     teacher_lag: float = 1.5
@@ -122,6 +168,10 @@ class MethodConfig:
     """How teacher and prediction average make a pseudo-label: w pT + (1-w) pS, the larger, or pT^w pS^(1-w)."""
     pseudo_threshold: float = 0.0
     """Pseudo-labels below it are set to 0; 0 is off."""
+    pseudo_quantile: float | None = None
+    """Pseudo-labels become 1 from this quantile of the scores that the class's observed positives have on validation,
+    and 0 below, so that each class recovers alike, however low its scores are; null: they stay as they are. With
+    gc_weight=1 a recovered label has no gradient."""
     gc_weight: float = 3.0
     """Weight of the calibration term; both terms are means over samples and classes. In self-consistency accepts above
     1/(weight-1).
@@ -133,6 +183,11 @@ class MethodConfig:
         for name in ("prediction_momentum", "teacher_weight", "pseudo_threshold"):
             value = getattr(self, name)
             _check(0.0 <= value <= 1.0, f"method.{name}={value} must lie in [0, 1]")
+        quantile = self.pseudo_quantile
+        _check(
+            quantile is None or 0.0 <= quantile <= 1.0,
+            f"method.pseudo_quantile={quantile} must lie in [0, 1] or be null",
+        )
         momentum = self.teacher_momentum
         _check(
             momentum is None or 0.0 <= momentum < 1.0,
@@ -193,6 +248,33 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    changes: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Numbers that change in mid-run: {8: {optim.lr: 0.001}} holds after 8 epochs. They are optim.lr, and of the method
+    gc_weight, mixup_alpha, prediction_momentum, pseudo_threshold, teacher_lag, teacher_momentum, teacher_weight."""
+
+    def __post_init__(self) -> None:
+        _check(
+            isinstance(self.changes, Mapping), f"schedule.changes={self.changes} must be like {{8: {{optim.lr: 1}}}}"
+        )
+        for epoch, changes in self.changes.items():
+            _check(epoch >= 1, f"schedule.changes: {epoch} must be at least 1, the epochs that are done by then")
+            for key in changes:
+                _check(
+                    key in CHANGEABLE,
+                    f"schedule.changes: {key} cannot change in mid-run; {', '.join(CHANGEABLE)} can",
+                )
+
+    def at(self, epoch: int) -> dict[str, float]:
+        """What has changed by the time that so many epochs are done."""
+        found: dict[str, float] = {}
+        for start in sorted(self.changes):
+            if start <= epoch:
+                found |= self.changes[start]
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     name: Literal["ddp", "deepspeed"] = "ddp"
     """ddp: DistributedDataParallel; deepspeed: DeepSpeed with ZeRO. Both use gloo on CPU and NCCL on GPU, write the
@@ -247,6 +329,8 @@ class RunConfig:
     """A checkpoint that cannot be written (disk full): stop the run, or tell and go on; the last good one stays."""
     resume: Literal["auto", "never"] = "auto"
     """auto: the same command again continues from the newest checkpoint; never: refuse a folder that holds one."""
+    max_epochs: int | None = None
+    """Save and stop once so many epochs are done, as if asked to; null trains to the last one."""
     max_minutes: float | None = None
     """Save and stop so long after this start, e.g. shortly before a job's time limit; null is no limit."""
     stop_seconds: float = 120.0
@@ -262,6 +346,7 @@ class RunConfig:
             _EVERY.fullmatch(self.checkpoint_every) is not None,
             f"run.checkpoint_every={self.checkpoint_every} must be like `500 steps`, `15 minutes` or `epoch`",
         )
+        _check(self.max_epochs is None or self.max_epochs >= 1, f"run.max_epochs={self.max_epochs} must be at least 1")
         _check(self.max_minutes is None or self.max_minutes > 0, f"run.max_minutes={self.max_minutes} must be positive")
         _check(self.stop_seconds > 0, f"run.stop_seconds={self.stop_seconds} must be positive")
         _check(self.panels_every >= 0, f"run.panels_every={self.panels_every} must not be negative (0 is off)")
@@ -296,6 +381,7 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -317,6 +403,32 @@ class Config:
             f"detector.min_epochs={self.detector.min_epochs} of rule fixed must be less than "
             f"optim.epochs={self.optim.epochs}, or it never fires (that is detector.rule=never)",
         )
+        self._check_schedule()
+
+    def at(self, epoch: int) -> "Config":
+        """The settings that hold in ``epoch``, from 0."""
+        changes = self.schedule.at(epoch)
+        return replace(
+            self,
+            method=replace(self.method, **_of_section("method", changes)),
+            optim=replace(self.optim, **_of_section("optim", changes)),
+            schedule=ScheduleConfig(),
+        )
+
+    def _check_schedule(self) -> None:
+        for epoch in self.schedule.changes:
+            _check(
+                epoch < self.optim.epochs,
+                f"schedule.changes: {epoch} comes to no effect within optim.epochs={self.optim.epochs}",
+            )
+            try:
+                method = self.at(epoch).method
+            except ValueError as error:
+                raise ValueError(f"schedule.changes after {epoch} epochs: {error}") from error
+            _check(
+                method.teacher_momentum is None or "method.teacher_lag" not in self.schedule.changes[epoch],
+                "schedule.changes: method.teacher_lag has no effect beside method.teacher_momentum: change that one",
+            )
 
     @property
     def shortest_warmup(self) -> int:
@@ -337,3 +449,9 @@ class Config:
     @property
     def run_path(self) -> Path:
         return Path(self.run.dir)
+
+
+def _of_section(section: str, values: Mapping[str, float]) -> dict[str, Any]:
+    """By the section's own names."""
+    parts = ((key.partition("."), value) for key, value in values.items())
+    return {name: value for (head, _, name), value in parts if head == section}

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adagc_dist.metrics import average_precision_C, f1_report, macro_map, micro_ap, recovery
+from adagc_dist.metrics import average_precision_C, f1_report, micro_ap, recovery
+from adagc_dist.ranking import mean_defined
 
 __all__ = ["measure_recovery", "measure_split"]
 
@@ -46,7 +47,7 @@ def measure_split(
     ]
     return {
         "rows": len(scores_NC),
-        "map_macro": _number(macro_map(scores_NC, labels_NC)),
+        "map_macro": _number(mean_defined(ap_C)),
         "map_micro": _number(micro_ap(scores_NC, labels_NC)),
         "f1_macro": _number(fitted.macro_f1),
         "f1_micro": _number(fitted.micro_f1),

@@ -69,7 +69,8 @@ class Feed:
         device: torch.device,
     ) -> None:
         self._table, self._observed_NC, self._pixels = table, observed_NC, pixels
-        self._seed, self._augment, self._alpha, self._device = seed, augment, mixup_alpha, device
+        self._seed, self._augment, self._device = seed, augment, device
+        self.mixup_alpha = mixup_alpha
 
     def prepare(self, batch: Batch, epoch: int) -> TrainingBatch:
         """``batch`` as the method sees it in ``epoch``; no host synchronisation."""
@@ -90,7 +91,7 @@ class Feed:
 
     def _weights(self, batch: Batch, epoch: int) -> NDArray[np.float32]:
         """Mixup's weights; a row whose mate could not be read is mixed with nothing."""
-        weights_B = lambdas_B(self._seed, epoch, batch.slot.pairs, self._alpha)
+        weights_B = lambdas_B(self._seed, epoch, batch.slot.pairs, self.mixup_alpha)
         if batch.failed.any():
             lost = np.isin(batch.slot.pairs, batch.slot.pairs[batch.failed])
             weights_B = np.where(lost, np.float32(1), weights_B)

@@ -47,9 +47,10 @@ class Meter:
 
     def load_state(self, states: Sequence[Sequence[float]]) -> None:
         """Go on with the sums of all ranks that saved: each its own where their number is the same; where it is not,
-        rank 0 has what was summed over them (the means over ranks stay, but for rounding).
+        rank 0 has what was summed over them (the means over ranks stay, but for rounding). Sums of a version
+        that summed up less are left out.
         """
-        if len(states[0]) != len(self.state()):
+        if len(states[0]) != 2 * _COMMON + self._sums().numel():
             return  # of a version that summed up less: what is told begins anew, and nothing that was learnt is lost
         rank, same = self._comm.rank, len(states) == self._comm.world_size
         summed = [sum(values) if rank == 0 else 0.0 for values in zip(*states)]

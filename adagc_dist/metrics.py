@@ -94,22 +94,17 @@ def micro_ap(scores_NC: Floats, labels_NC: Bools) -> float:
     return float(average_precision_C(scores_NC.reshape(-1, 1), labels_NC.reshape(-1, 1))[0])
 
 
-def bootstrap_map(
-    scores_NC: Floats, labels_NC: Bools, *, seed: int, num_replicates: int = 20, kept_N: Bools | None = None
-) -> Float64:
+def bootstrap_map(scores_NC: Floats, labels_NC: Bools, *, seed: int, num_replicates: int = 20) -> Float64:
     """float64 [R]: macro mAP under R Poisson bootstraps of the rows; their spread is its sampling error.
 
     Replicate r weights row i with a Poisson(1) count that depends on (seed, r, i) alone: it is the same in every call,
     so replicates of two models on the same rows are paired, and their difference has its own, smaller spread. A class
-    whose positives all have weight 0 in a replicate is left out of that replicate's mean. Rows that ``kept_N`` (bool)
-    leaves out count in no replicate, and the others keep the weights they would have had.
+    whose positives all have weight 0 in a replicate is left out of that replicate's mean.
 
     Raises:
         ValueError: different shapes, or scores that are not finite.
     """
     weights_RN = bootstrap_weights(seed, num_replicates, len(scores_NC))
-    if kept_N is not None:
-        scores_NC, labels_NC, weights_RN = scores_NC[kept_N], labels_NC[kept_N], weights_RN[:, kept_N]
     return _ranked(scores_NC, labels_NC).bootstrap_map(labels_NC, weights_RN)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adagc_dist.comm import Comm, first_error_everywhere
 from adagc_dist.pixels import Pixels
+from adagc_dist.scores import Probabilities
 from sharding.loader import Batch, BatchReader
 from sharding.plan import Slot, evaluation_blocks
 
@@ -72,10 +73,11 @@ class SplitScorer:
         comm: Comm,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]],
+        probabilities: Probabilities,
         staged: Callable[[int], Sequence[int]] = lambda start: (),
     ) -> None:
         self._loader, self._pixels, self._num_rows, self._block = loader, pixels, num_rows, block
-        self._comm, self._device, self._autocast = comm, device, autocast
+        self._comm, self._device, self._autocast, self._probabilities = comm, device, autocast, probabilities
         self._max_bad_fraction, self._staged = max_bad_fraction, staged
 
     @torch.no_grad()
@@ -117,7 +119,7 @@ class SplitScorer:
         with self._autocast():
             logits_BC = model(images)
         read_B = torch.from_numpy(~batch.failed).to(self._device)
-        return torch.cat([logits_BC.float().sigmoid(), read_B[:, None]], dim=1)
+        return torch.cat([self._probabilities(logits_BC.float()), read_B[:, None]], dim=1)
 
     @property
     def _num_rounds(self) -> int:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sharding.rng import derive_rng
 
-__all__ = ["Ranking", "bootstrap_weights", "mean_defined"]
+__all__ = ["Ranking", "bootstrap_weights", "geometric_mean_defined", "mean_defined"]
 
 Floats = NDArray[np.floating]
 Float64 = NDArray[np.float64]
@@ -147,6 +147,11 @@ def mean_defined(values_C: Float64) -> float:
     """The mean of what is not NaN; NaN if nothing is left."""
     defined_C = values_C[~np.isnan(values_C)]
     return float(defined_C.mean()) if len(defined_C) else float("nan")
+
+
+def geometric_mean_defined(values_C: Float64) -> float:
+    """The geometric mean of what is not NaN: of PU scores, so that a rare class, whose own is large, counts no more."""
+    return float(np.exp(mean_defined(np.log(values_C))))
 
 
 def _rank(scores_N: Floats) -> _Class:

@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +22,8 @@ __all__ = [
     "NullTracker",
     "RunTracker",
     "Tracker",
+    "add_line",
+    "read_lines",
     "read_status",
     "replacing",
     "write_json",
@@ -196,6 +198,29 @@ def read_status(run: Path) -> dict[str, Any]:
         return {}
     status: dict[str, Any] = json.loads(path.read_text())
     return status
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines, but for one that a kill has cut; none where there is no file."""
+    records: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def add_line(path: Path, record: Mapping[str, object]) -> None:
+    """Append a record to a file of JSON lines, on a line of its own even after one that was cut.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut = path.is_file() and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as stream:
+        stream.write("\n" * cut + json.dumps(record) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _keep_lines(path: Path, first_epoch: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from adagc_dist.agreement import Agreement, Stopped
+from adagc_dist.agreement import Agreement, Answer, Stopped
 from adagc_dist.board import Board
 from adagc_dist.checkpoint import Checkpoint, CheckpointStore, Content, Position
 from adagc_dist.comm import Comm, Engine, first_error_everywhere
@@ -21,9 +21,10 @@ from adagc_dist.feed import Feed
 from adagc_dist.meter import Meter, memory_gb
 from adagc_dist.methods import Method, Phase
 from adagc_dist.predict import check_bad_rows
+from adagc_dist.reasons import StopReason
 from adagc_dist.sanity import check_sanity
 from adagc_dist.schedule import learning_rate
-from adagc_dist.teacher import EmaTeacher
+from adagc_dist.teacher import EmaTeacher, teacher_momentum
 from adagc_dist.tracking import NullTracker, Tracker
 from adagc_dist.validate import Validation, Validator
 from sharding.loader import Batch, BatchReader
@@ -48,6 +49,7 @@ class Moment:
         best_epoch: the epoch a rewind went back to, or None.
         decay_from: the step from which the learning rate decays, or None.
         calibrating: whether the method is past the trigger.
+        levels: what the newest validation found for ``Method.accept_from``, or None.
     """
 
     epoch: int = 0
@@ -57,6 +59,7 @@ class Moment:
     best_epoch: int | None = None
     decay_from: int | None = None
     calibrating: bool = False
+    levels: Sequence[float] | None = None
 
     @property
     def position(self) -> Position:
@@ -95,6 +98,7 @@ class Trainer:
         self._homing_seconds = 0.0  # of this rank, before this epoch
         self._bad_rows = 0  # of this rank, in this epoch
         self._saved: Position | None = None  # the newest checkpoint
+        self._present = self.config  # the settings of this epoch
 
     def run(self) -> None:
         """Train from ``moment`` to the last epoch.
@@ -106,6 +110,7 @@ class Trainer:
         """
         try:
             while self.moment.epoch < self.config.optim.epochs:
+                self._stop_if_enough()
                 self._run_epoch(self.moment.epoch)
         except Stopped:
             if self._saved != self.moment.position:
@@ -137,9 +142,11 @@ class Trainer:
 
     def _run_epoch(self, epoch: int) -> None:
         """What is left of an epoch: its steps, validation and what follows from it, and the checkpoint at its end."""
+        self._configure(epoch)
         self.tracker.status("running", epoch=epoch, step=self.moment.step)
         report = self._train_epoch(self.plan(epoch))
         validation, maps = self._validate()
+        self.moment.levels = validation.levels
         # from here to the checkpoint nobody may stop: the detector has seen the epoch, and the run is not in the next
         verdict = self.detector.observe(validation.noisy_map, validation.replicates)
         self._report(epoch, report, maps, verdict)
@@ -152,6 +159,22 @@ class Trainer:
             self._home_rows()
         self._begin_epoch()
         self._save()
+
+    def _stop_if_enough(self) -> None:
+        """Raises Stopped where as many epochs are done as this start was to do."""
+        enough = self.config.run.max_epochs
+        if enough is not None and self.moment.epoch >= enough:
+            self.agreement.obey(Answer(StopReason.EPOCHS, save=False))
+
+    def _configure(self, epoch: int) -> None:
+        """What ``schedule.changes`` has for this epoch reaches the parts that use it."""
+        self._present = self.config.at(epoch)
+        method = self._present.method
+        self.method.configure(method, epoch)
+        if self.moment.levels is not None:
+            self.method.accept_from(self.moment.levels)
+        self.feed.mixup_alpha = method.mixup_alpha
+        self.teacher.momentum = teacher_momentum(method, self.plan(epoch).num_steps)
 
     def _train_epoch(self, plan: EpochPlan) -> dict[str, float]:
         """The epoch's remaining steps, and what they add up to."""
@@ -218,10 +241,13 @@ class Trainer:
             for meter in (self._meter, self._epoch_meter):
                 meter.add(losses, len(batch.rows))
         self.agreement.ask()  # the answer is on its way while the weights move
-        norm = self.engine.step(self._rate(plan))
+        rate = self._rate(plan)
+        norm = self.engine.step(rate)
         self.moment.step += 1
         self.moment.epoch_step += 1
         self.teacher.update(self.moment.step)
+        if self.method.store is not None:
+            self.method.store.step(self.moment.step, rate)
         for meter in (self._meter, self._epoch_meter):
             meter.step(norm)
 
@@ -230,7 +256,7 @@ class Trainer:
         return Phase.CALIBRATION if self.moment.calibrating else Phase.WARMUP
 
     def _rate(self, plan: EpochPlan) -> float:
-        optim = self.config.optim
+        optim = self._present.optim
         total = optim.epochs * plan.num_steps
         return learning_rate(
             self.moment.step,
@@ -269,6 +295,7 @@ class Trainer:
             best = self.checkpoints.at(_end_of(best_epoch))
         self._verify(best)
         self._load_learned(best)
+        self.moment.levels = best.state()["moment"].get("levels")
         log.info("rewound weights, optimiser and prediction averages to the end of epoch %d", best_epoch + 1)
         return True
 

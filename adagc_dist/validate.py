@@ -12,7 +12,7 @@ from torch import nn
 
 from adagc_dist.comm import Comm
 from adagc_dist.predict import Scores, SplitScorer
-from adagc_dist.ranking import Ranking, bootstrap_weights, mean_defined
+from adagc_dist.ranking import Ranking, bootstrap_weights, geometric_mean_defined, mean_defined
 
 __all__ = ["Details", "Validation", "Validator"]
 
@@ -44,7 +44,9 @@ class Validation:
         replicates: paired bootstrap replicates of it.
         true_map: macro mAP against the full labels, for the log.
         noisy_auc, true_auc: macro area under the ROC curve, likewise.
-        noisy_pu: macro PU score r^2 / q at each class's best threshold, from the observed labels; at least 1.
+        noisy_pu: geometric mean of the PU scores r^2 / q at each class's best threshold, from the observed labels; at
+            least 1.
+        levels: per class, the ``quantile`` of the observed positives' scores, 2 where there are none. None without it.
         details: on rank 0; None on the others.
     """
 
@@ -54,6 +56,7 @@ class Validation:
     noisy_auc: float
     true_auc: float
     noisy_pu: float
+    levels: Sequence[float] | None = None
     details: Details | None = None
 
 
@@ -68,14 +71,10 @@ class Validator:
         labels_NC: NDArray[np.bool_],
         comm: Comm,
         seed: int,
+        quantile: float | None = None,
     ) -> None:
-        self._scorer, self._observed_NC, self._labels_NC, self._comm, self._seed = (
-            scorer,
-            observed_NC,
-            labels_NC,
-            comm,
-            seed,
-        )
+        self._scorer, self._observed_NC, self._labels_NC = scorer, observed_NC, labels_NC
+        self._comm, self._seed, self._quantile = comm, seed, quantile
 
     def measure(self, model: nn.Module, *, after_block: Callable[[], None] = lambda: None) -> Validation:
         """Collective: the same Validation on every rank, computed on rank 0 (DESIGN decision 9).
@@ -100,6 +99,7 @@ class Validator:
         """All of one ranking: sorting is what takes long."""
         values, observed = scores.beside(self._observed_NC)
         labels, ranking = self._labels_NC[scores.read_N], Ranking(values)
+        # of all rows: those that were read have the weights that they would have had beside the others
         weights_RN = bootstrap_weights(self._seed, _REPLICATES, len(scores.read_N))[:, scores.read_N]
         noisy_ap_C, true_ap_C = ranking.average_precision_C(observed), ranking.average_precision_C(labels)
         pu_C, thresholds_C = ranking.pu_CC(observed)
@@ -109,6 +109,13 @@ class Validator:
             true_map=mean_defined(true_ap_C),
             noisy_auc=mean_defined(ranking.auc_C(observed)),
             true_auc=mean_defined(ranking.auc_C(labels)),
-            noisy_pu=mean_defined(pu_C),
+            noisy_pu=geometric_mean_defined(pu_C),
+            levels=None if self._quantile is None else _levels(values, observed, self._quantile),
         )
         return validation, Details(scores, noisy_ap_C, true_ap_C, thresholds_C)
+
+
+def _levels(values_NC: NDArray[np.float32], observed_NC: NDArray[np.bool_], quantile: float) -> list[float]:
+    """Scores themselves, none between two of them: the same digits wherever they are compared."""
+    positives = (scores_N[seen_N] for scores_N, seen_N in zip(values_NC.T, observed_NC.T))
+    return [float(np.quantile(one, quantile, method="higher")) if len(one) else 2.0 for one in positives]

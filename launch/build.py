@@ -20,7 +20,8 @@ from adagc_dist.methods import make_method
 from adagc_dist.model import create_student, set_prior_bias
 from adagc_dist.pixels import Pixels
 from adagc_dist.predict import SplitScorer
-from adagc_dist.teacher import EmaTeacher, momentum_for_lag
+from adagc_dist.scores import to_probabilities
+from adagc_dist.teacher import EmaTeacher, teacher_momentum
 from adagc_dist.trainer import Trainer
 from adagc_dist.validate import Validator
 from launch.data import Shards, make_plan
@@ -59,6 +60,7 @@ def make_scorer(shards: Shards, table: LabelTable, pixels: Pixels, *, comm: Comm
         comm=comm,
         device=device,
         autocast=lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        probabilities=to_probabilities(config.method.name),
     )
 
 
@@ -84,7 +86,7 @@ def build_trainer(
     checkpoints.open()
     plan = lru_cache(maxsize=2)(lambda epoch: make_plan(shards, comm.world_size, epoch))
     engine = make_engine(parts.student, config, comm=comm, device=device)
-    teacher = EmaTeacher(engine.student, momentum=_teacher_momentum(config, plan(0).num_steps))
+    teacher = EmaTeacher(engine.student, momentum=teacher_momentum(config.method, plan(0).num_steps))
     pixels = shards.pixels(device)
     scorer = make_scorer(shards, validation, pixels, comm=comm, device=device)
     classes = len(shards.manifest.classes)
@@ -94,8 +96,8 @@ def build_trainer(
         engine=engine,
         teacher=teacher,
         method=make_method(
-            config.method, engine=engine, teacher=teacher, comm=comm, num_rows=len(train), num_classes=classes,
-            row_exchange=config.engine.row_exchange,
+            config, engine=engine, teacher=teacher, comm=comm, num_rows=len(train), num_classes=classes,
+            max_rows=plan(0).max_slot_rows,
         ),
         feed=Feed(
             train, parts.observed, pixels,
@@ -104,7 +106,7 @@ def build_trainer(
         loader=shards.loader(train, device, max_rows=plan(0).max_slot_rows),
         validator=Validator(
             scorer, observed_NC=parts.observed_validation, labels_NC=validation.labels_NC, comm=comm,
-            seed=config.run.seed,
+            seed=config.run.seed, quantile=config.method.pseudo_quantile,
         ),
         detector=_detector(config),
         checkpoints=checkpoints,
@@ -150,11 +152,6 @@ def _load(config: Config) -> _Parts:
     if config.model.prior_bias:
         set_prior_bias(student, observed.mean(axis=0))
     return _Parts(shards, train, validation, observed, observed_validation, student)
-
-
-def _teacher_momentum(config: Config, steps_per_epoch: int) -> float:
-    named = config.method.teacher_momentum
-    return named if named is not None else momentum_for_lag(config.method.teacher_lag, steps_per_epoch)
 
 
 def _detector(config: Config) -> EarlyLearningDetector:

@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy import bool_
 from numpy.typing import NDArray
 
 from adagc_dist.config import Config
+from adagc_dist.given import GivenLabels, read_given
 from adagc_dist.panels import Quicklooks
 from adagc_dist.pixels import Pixels
 from adagc_dist.spml import observe
@@ -55,6 +57,12 @@ class Shards:
         """The side of the student's input."""
         return self.config.data.size or max(member.shape[-1] for member in self.manifest.members)
 
+    @cached_property
+    def given(self) -> GivenLabels | None:
+        """The labels of ``spml.file``, where that is the policy."""
+        spml = self.config.spml
+        return read_given(Path(spml.file), self.manifest.classes) if spml.policy == "file" else None
+
     @property
     def window_shards(self) -> int:
         """``data.window_shards``, where it is null by where the shards are: by the configuration, not by what a node
@@ -71,6 +79,8 @@ class Shards:
 
     def observed(self, table: LabelTable) -> NDArray[bool_]:
         """bool [N, C]: the labels that ``spml.policy`` leaves."""
+        if self.given is not None:
+            return self.given.observe(table)
         return observe(table, self.config.spml.policy, self.config.spml.seed, self.manifest.classes)
 
     def pixels(self, device: torch.device, statistics: dict[str, tuple[float, float]] | None = None) -> Pixels:
@@ -120,7 +130,8 @@ class Shards:
     def identity(self) -> dict[str, Any]:
         """What a trained model is bound to."""
         statistics = self.manifest.band_statistics(self.size)
-        return {
+        given = {"labels of spml.file": self.given.digest} if self.given else {}
+        return given | {
             "classes": list(self.manifest.classes),
             "bands": list(self.bands),
             "statistics": {band: list(values) for band, values in statistics.items()},

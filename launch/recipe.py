@@ -40,7 +40,7 @@ def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Con
         _apply(tree, override)
     _check_keys(tree)
     # As written, and taken before the parser sees it: it would make a number of the string "0".
-    kwargs = copy.deepcopy(tree.get("model", {}).get("kwargs")) or {}
+    kwargs = {section: copy.deepcopy(tree.get(section, {}).get("kwargs")) or {} for section in _open_sections()}
     parser = ArgumentParser(exit_on_error=False, prog="adagc")
     parser.add_class_arguments(Config)
     try:
@@ -48,7 +48,8 @@ def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Con
     except ArgumentError as error:
         raise ValueError(_in_words(error)) from error
     config = Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, kwargs=kwargs))
+    taken = {section: dataclasses.replace(getattr(config, section), kwargs=kwargs[section]) for section in kwargs}
+    return dataclasses.replace(config, **taken)
 
 
 def _in_words(error: Exception) -> str:
@@ -109,7 +110,7 @@ def describe_keys() -> str:
     lines = []
     for section, key, default, text in _keys():
         lines.append(f"  {section}.{key} = {_yaml_inline(default)}")
-        lines.append(fill(text, width=110, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        lines.append(fill(" ".join(text.split()), width=110, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join(lines)
 
 
@@ -124,6 +125,14 @@ def _keys() -> Iterator[tuple[str, str, object, str]]:
 @cache
 def _sections() -> dict[str, type]:
     return {field.name: field.type for field in dataclasses.fields(Config) if isinstance(field.type, type)}
+
+
+@cache
+def _open_sections() -> list[str]:
+    """Those with ``kwargs``, whose names are not the configuration's."""
+    return [
+        section for section, kind in _sections().items() if any(f.name == "kwargs" for f in dataclasses.fields(kind))
+    ]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -147,7 +156,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r} names no section: {_nearest(name, _known())}")
     value = _value(section, key, text)
     subkey, inner, rest = key.partition(".")
-    if inner and f"{section}.{subkey}" == "model.kwargs":  # model.kwargs.img_size=120
+    if inner and subkey == "kwargs" and section in _open_sections():  # model.kwargs.img_size=120
         tree.setdefault(section, {}).setdefault(subkey, {})[rest] = value
     else:
         tree.setdefault(section, {})[key] = value

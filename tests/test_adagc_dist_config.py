@@ -15,6 +15,7 @@ from adagc_dist.config import (
     MethodConfig,
     OptimConfig,
     RunConfig,
+    ScheduleConfig,
 )
 from launch.recipe import load_config
 
@@ -60,6 +61,27 @@ def test_the_defaults_are_valid() -> None:
 def test_values_out_of_range_are_refused_by_name(section: type, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         section(**values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({0: {"optim.lr": 1.0}}, r"schedule\.changes: 0 must be at least 1"),
+        ({3: {"optim.epochs": 1.0}}, r"schedule\.changes: optim\.epochs cannot change in mid-run; method\.gc_weight, "),
+        ({60: {"optim.lr": 1.0}}, r"schedule\.changes: 60 comes to no effect within optim\.epochs=60"),
+        ({3: {"optim.lr": -1.0}}, r"optim\.lr=-1\.0 must not be negative"),
+        ({3: {"method.teacher_lag": 1.0}}, r"method\.teacher_lag has no effect beside method\.teacher_momentum"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(changes: dict[int, dict[str, float]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(schedule=ScheduleConfig(changes=changes), method=MethodConfig(teacher_momentum=0.9))
+
+
+def test_changes_hold_from_their_epoch_on() -> None:
+    found = config(schedule=ScheduleConfig(changes={5: {"optim.lr": 0.1}, 3: {"optim.lr": 0.2, "method.gc_weight": 2}}))
+    assert [found.at(epoch).optim.lr for epoch in (2, 3, 4, 5, 9)] == [1e-3, 0.2, 0.2, 0.1, 0.1]
+    assert [found.at(epoch).method.gc_weight for epoch in (2, 3, 5)] == [3, 2, 2]
 
 
 def test_what_a_run_cannot_do_without() -> None:

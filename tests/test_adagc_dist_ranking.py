@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
-from adagc_dist.ranking import Ranking
+from adagc_dist.ranking import Ranking, geometric_mean_defined
 
 LEVELS = st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.5, 0.9, 1.0])
 
@@ -65,6 +65,11 @@ def test_the_pu_score_lies_between_chance_and_one_over_the_prior() -> None:
     np.testing.assert_allclose(perfect_C, 1 / labels_NC.mean(axis=0), rtol=0.02)
     constant_C, _ = Ranking(np.full(labels_NC.shape, 0.3)).pu_CC(observed_NC)
     np.testing.assert_array_equal(constant_C, [1.0, 1.0])
+
+
+def test_the_geometric_mean_is_of_the_classes_that_have_a_score() -> None:
+    assert geometric_mean_defined(np.array([2.0, np.nan, 8.0])) == pytest.approx(4)
+    assert np.isnan(geometric_mean_defined(np.array([np.nan])))
 
 
 def test_one_ranking_answers_all_questions() -> None:

@@ -60,6 +60,7 @@ def test_overrides_win_over_the_recipe_and_the_last_of_them_over_all() -> None:
         ("method.teacher_momentum=0.99", "method", "teacher_momentum", 0.99),
         ("run.dir=2024-06-01", "run", "dir", "2024-06-01"),  # YAML would make it a date
         ("run.dir=7", "run", "dir", "7"),
+        ("schedule.changes={3: {optim.lr: 1e-3}}", "schedule", "changes", {3: {"optim.lr": 0.001}}),
         ("data.shards=a=b: c", "data", "shards", "a=b: c"),
     ],
 )
@@ -94,10 +95,12 @@ def test_model_arguments_are_added_to_those_of_the_recipe(tmp_path: Path) -> Non
         ("optim.epochs=true", r"key \"optim\.epochs\": Expected a .*int"),
         ("data.augment=maybe", r"key \"data\.augment\": Expected a .*bool"),
         ("method.name=adagcc", r"key \"method\.name\": .*'adagc', 'an'.* Got value: adagcc"),
-        ("spml.policy=partial", r"key \"spml\.policy\": .*'random', 'dominant', 'full'.* Got value: partial"),
+        ("spml.policy=partial", r"key \"spml\.policy\": .*'random', 'dominant', 'file', 'full'.* Got value: partial"),
         ("optim.precision=fp16", r"key \"optim\.precision\": .*'fp32', 'bf16'"),
         ("model.kwargs=3", r"key \"model\.kwargs\""),
         ("optim.lr=-1", r"optim\.lr=-1\.0 must not be negative"),
+        ("schedule.changes={3: {optim.lr: fast}}", r"key \"schedule\.changes\": Expected a float\. Got value: fast"),
+        ("schedule.changes={3: {method.teacher_weight: 2}}", r"method\.teacher_weight=2\.0 must lie in \[0, 1\]"),
         ("data.size=big", r"key \"data\.size\": Expected one of int, null\. Got value: big$"),
         ("engine.batchnorm=no", r"key \"engine\.batchnorm\": Expected one of 'local', 'sync'\. Got value: False$"),
         ("method.combine=min", r"key \"method\.combine\": .*'mean', 'max', 'product'"),
@@ -112,7 +115,7 @@ def test_what_is_wrong_is_told_by_its_key(override: str, message: str) -> None:
     ("text", "message"),
     [
         ("optim: {lr: 0.1, epoch: 3}", r"unknown key optim\.epoch: did you mean optim\.epochs\?"),
-        ("lr: 0.1", r"must hold sections \(data, spml, model, method, detector, optim, engine, run\)"),
+        ("lr: 0.1", r"must hold sections \(data, spml, model, method, detector, optim, schedule, engine, run\)"),
         ("[1, 2]", "must hold sections"),
         ("optim: {lr: ", "is no YAML"),
     ],
