@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Run a sweep, or any command, on a Ray cluster over the allocation's nodes; told to save and requeued before the time limit.
-#   sbatch --account=A --partition=P slurm/tune_reben.sh adagc tune reben_random data.shards=SHARDS --dir runs/tune --resume
+# Run a sweep, a comparison, or any command, on a Ray cluster over the allocation's nodes; told to save and requeued before the time limit.
+#   sbatch --account=A --partition=P slurm/tune_reben.sh adagc tune reben_random data.shards=SHARDS --dir runs/tune-reben --resume
 #   sbatch --nodes=4 slurm/tune_reben.sh adagc tune ... --trials 64                other resources; 2 nodes by default
+#   ADAGC_SWEEP=DIR sbatch slurm/tune_reben.sh adagc compare reben data.shards=SHARDS --out DIR --gpus-per-trial 1 --resume
 #   bash slurm/tune_reben.sh python my_sweep.py                                    without Slurm, and a command of your own
 # `ray.init()` finds the cluster. The command is to end with 75 when SIGTERM has made it save, and to go on where it was when
-# it is run again, as `adagc tune --resume` does.
+# it is run again, as `adagc tune --resume` and `adagc compare --resume` do. It is run again as well when it or Ray was killed on any node.
 #SBATCH --job-name=tune-reben
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -23,7 +24,7 @@ set -euo pipefail
 : "${ADAGC_SETUP:=}"                             # shell commands before the start: module load ..., source venv/bin/activate
 : "${ADAGC_PYTHON:=}"                            # the Python with this package in it; by default .venv's of this checkout
 : "${ADAGC_SWEEP:=runs/${SLURM_JOB_NAME:-tune}}" # the sweep's folder, seen by all nodes; --job-name gives another
-: "${ADAGC_CLUSTER_OPTIONS:=}"                   # for tuning.cluster: --max-restarts 50 --join-seconds 600 ...
+: "${ADAGC_CLUSTER_OPTIONS:=}"                   # for tuning.cluster: --max-restarts 50 --max-idle 5 --join-seconds 600 ...
 # --------------------------------------------------------------------------
 
 [ $# -gt 0 ] || {

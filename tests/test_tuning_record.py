@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,10 @@ def test_a_trial_is_what_its_folder_says(sweep: SweepFolder) -> None:
     failed = add(sweep, 4, 0.1, state="failed")
     failed.add_attempt(seconds=2, host="here", error="no memory")
     failed.add_attempt(seconds=3, host="here", error=None)
-    assert failed.state == "unfinished"
     failed.add_attempt(seconds=4, host="here", error="no memory")
-    assert (failed.state, failed.seconds) == ("failed", 9)
+    assert failed.state == "unfinished"  # in between it went well
+    failed.add_attempt(seconds=1, host="here", error="no memory")
+    assert (failed.state, failed.seconds) == ("failed", 10)
     assert [trial.number for trial in sweep.trials()] == [0, 1, 2, 3, 4]
 
 
@@ -91,12 +93,6 @@ def test_another_sweep_is_refused_with_the_difference(sweep: SweepFolder) -> Non
         sweep.check(make_plan(seed=1), resume=True)
 
 
-def test_a_file_is_no_sweep(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"--dir .*file is a file: name a folder"):
-        SweepFolder(tmp_path / "file").check(make_plan(), resume=False)
-
-
 def test_a_run_is_no_sweep_and_a_new_folder_is_free(sweep: SweepFolder, tmp_path: Path) -> None:
     SweepFolder(tmp_path / "new").check(make_plan(), resume=True)
     with pytest.raises(ValueError, match="is a run's folder"):
@@ -119,6 +115,7 @@ def test_what_a_sweep_has_found(sweep: SweepFolder) -> None:
     assert [row["state"] for row in table] == ["finished", "finished", "pruned", "failed"]
     assert table[0] | {"path": ""} == {
         "number": 0,
+        "repeats": None,
         "state": "finished",
         "objective": 0.3,
         "epochs": 2,
@@ -154,3 +151,41 @@ def test_an_objective_that_runs_do_not_report_is_told() -> None:
     with pytest.raises(ValueError, match=r"--objective pu_score needs pu/noisy_teacher, .*it has map/noisy_teacher"):
         OBJECTIVES["pu_score"].of({"map/noisy_teacher": 0.5, "data/rows": 1})
     assert OBJECTIVES["oracle"].clean
+
+
+def test_repeats_are_made_once_and_count_for_the_mean(sweep: SweepFolder) -> None:
+    for number, value in enumerate([0.5, 0.6, 0.2]):
+        add(sweep, number, *[value] * 16, state="finished")
+    sweep.repeat(1, 2)
+    sweep.repeat(1, 2)
+    sweep.repeat(0, 2)
+    sweep.repeat(2, 1)
+    made = [trial for trial in sweep.trials() if trial.repeats is not None]
+    assert [(trial.number, trial.repeats, trial.config.run.seed) for trial in made] == [
+        (3, 1, 1), (4, 1, 2), (5, 0, 1), (6, 0, 2), (7, 2, 1),
+    ]  # fmt: skip
+    assert made[0].values == sweep.trials()[1].values | {"run.seed": 1}
+    assert made[0].config.optim == sweep.trials()[1].config.optim
+    assert [trial.number for trial in sweep.drawn()] == [0, 1, 2]
+    assert sweep.free_numbers(2) == [8, 9]
+    for trial, value in zip(made, [0.1, 0.2, 0.5, 0.52]):  # the best one was lucky
+        line = {"epoch": 0, "map/noisy_teacher": value, "data/rows": 90.0, "data/skipped_rows": 0.0}
+        (trial.path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        (trial.path / "status.json").write_text(json.dumps({"state": "finished"}))
+    assert [row["number"] for row in results.best(results.rows(sweep))] == [1, 0, 2]  # of 2 nothing is known yet
+    line = {"epoch": 0, "map/noisy_teacher": 0.2, "data/rows": 90.0, "data/skipped_rows": 0.0}
+    (made[4].path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (made[4].path / "status.json").write_text(json.dumps({"state": "finished"}))
+    rows = results.write(sweep)
+    assert [row["number"] for row in results.best(rows)] == [0, 1, 2]
+    assert [row["number"] for row in results.best(rows, by_mean=False)] == [1, 0, 2]
+    shutil.rmtree(made[0].path)
+    sweep.repeat(1, 2)
+    assert sorted(trial.config.run.seed for trial in sweep.trials() if trial.repeats == 1) == [1, 2]
+    told = results.describe(sweep, rows)
+    assert "0.5067 ± 0.0115 (3 seeds)" in told
+    assert "3 finished, 5 finished repeats" in told
+    assert load_config(sweep.path / "best.yaml").optim.lr == 0.0
+    table = pq.read_table(sweep.path / "trials.parquet").to_pydict()  # type: ignore[no-untyped-call]
+    assert table["repeats"] == [None, None, None, 1, 1, 0, 0, 2]
+    assert table["run.seed"] == [None, None, None, 1, 2, 1, 2, 1]

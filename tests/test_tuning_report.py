@@ -18,7 +18,7 @@ from tests.browser import find_browser, show
 from tuning import results
 from tuning.axes import axis_of, linear
 from tuning.importance import influences, kendall
-from tuning.record import Plan, SweepFolder, TrialFolder, common
+from tuning.record import Generation, Move, Plan, SweepFolder, TrialFolder, common
 from tuning.report import main, write_report
 from tuning.space import Base, Domain
 
@@ -68,13 +68,21 @@ def record(epoch: int, noisy: float, **more: object) -> dict[str, object]:
 
 
 def add(
-    sweep: SweepFolder, number: int, noisy: Sequence[float], state: str, *, seed: int = 0, **values: object
+    sweep: SweepFolder,
+    number: int,
+    noisy: Sequence[float],
+    state: str,
+    *,
+    repeats: int | None = None,
+    **values: object,
 ) -> TrialFolder:
     drawn = {"optim.lr": 1e-3, "method.gc_weight": 3.0, "detector.rule": "plateau"} | {
         key.replace("__", "."): value for key, value in values.items()
     }
-    run = dataclasses.replace(CONFIG.run, seed=seed, dir=str(sweep.trial_path(number)))
+    run = dataclasses.replace(CONFIG.run, dir=str(sweep.trial_path(number)))
     trial = sweep.add(number, drawn, dataclasses.replace(CONFIG, run=run))
+    if repeats is not None:
+        TrialFolder.write(trial.path, CONFIG, number=number, values=drawn, repeats=repeats)
     lines = [json.dumps(record(epoch, value)) + "\n" for epoch, value in enumerate(noisy)]
     (trial.path / "metrics.jsonl").write_text("".join(lines))
     status = {"finished": "finished", "pruned": "stopped", "failed": "failed", "unfinished": "running"}[state]
@@ -168,7 +176,7 @@ def test_all_trials_are_there_with_their_figures(sweep: SweepFolder) -> None:
         3: ["0003", "failed", "-", "0.4000", "1", "2.0", "plateau", "3", "0.001"],
     }
     assert list(page.table()) == [1, 0, 2, 4, 3]
-    assert page.texts("b")[:4] == ["0.45", "0.55", "5", "1.26 k patches"]
+    assert page.texts("b")[:4] == ["0.4500", "0.55", "5", "1.26 k patches"]
     told = page.texts("div", class_="card")
     assert "2 finished, 1 pruned, 1 unfinished, 1 failed" in told[2]
     assert "70 % of all trials trained to the end; 0.1 h" in told[3]  # 14 of 20 epochs
@@ -256,19 +264,32 @@ def test_a_search_on_true_labels_says_so(tmp_path: Path) -> None:
     assert "ORACLE (the objective)" in page.texts("text", class_="heading")
 
 
-def test_repeats_are_those_that_differ_by_the_seed_alone(tmp_path: Path) -> None:
+def test_repeats_stand_beside_what_they_repeat(tmp_path: Path) -> None:
     sweep = begin(tmp_path / "sweep")
     repeats = [0.40, 0.43, 0.47]
     for number, value in enumerate(repeats):
-        add(sweep, number, [0.1, 0.2, 0.3, value], "finished", seed=number)
-    add(sweep, 3, [0.1, 0.2, 0.3, 0.9], "finished", seed=3, optim__lr=5e-3)
-    add(sweep, 4, [0.1, 0.2], "pruned", seed=4)
+        add(sweep, number, [0.1, 0.2, 0.3, value], "finished", repeats=0 if number else None)
+    add(sweep, 3, [0.1, 0.2, 0.3, 0.9], "finished", optim__lr=5e-3)
+    add(sweep, 4, [0.1, 0.2], "unfinished", repeats=3)
     page = report(sweep)
     cells = page.texts("td")
     at = cells.index("trial 0000, 3 seeds")
     spread = f"{statistics.mean(repeats):.4f} ± {statistics.stdev(repeats):.4f}"
     assert cells[at : at + 5] == ["trial 0000, 3 seeds", "noisy_map", spread, "3", "0.4000, 0.4300, 0.4700"]
     assert sum("seeds" in cell for cell in cells) == 2  # the second line: true mAP
+
+
+def test_generations_tell_who_took_over_from_whom(tmp_path: Path) -> None:
+    sweep = begin(tmp_path / "sweep", scheduler="pbt")
+    for number in range(2):
+        add(sweep, number, [0.1, 0.2, 0.3, 0.4 + 0.1 * number], "finished")
+    assert "Generations" not in report(sweep).texts("h2")
+    sweep.add_generation(Generation(2, {"0": 0.2, "1": 0.25}, [Move(0, 1, {"optim.lr": 0.002})]))
+    page = report(sweep)
+    assert "Generations" in page.texts("h2")
+    cells = page.texts("td")
+    at = cells.index("2 epochs")
+    assert cells[at + 1 : at + 4] == ["0000 (0.2)", "0001 (0.25)", "optim.lr = 0.002"]
 
 
 def test_importance_finds_what_matters_in_the_middle_too() -> None:
@@ -298,7 +319,7 @@ def test_importance_compares_at_one_budget_and_counts_no_repeats(tmp_path: Path)
     for number in range(12):  # the larger the rate the better at the first rung; those that are pruned later get worse
         noisy = [0.1, 0.1 + 0.01 * number, *([0.5, 0.6] if number < 6 else [0.0])]
         add(sweep, number, noisy, "finished" if number < 6 else "pruned", optim__lr=1e-4 * (number + 1))
-    add(sweep, 12, [0.1, 0.1, 0.1, 0.1], "finished", seed=1, optim__lr=1e-4)
+    add(sweep, 12, [0.1, 0.1, 0.1, 0.1], "finished", repeats=0, optim__lr=1e-4)
     page = report(sweep)
     [told] = [text for text in page.texts("figcaption") if text.startswith("Share of the variance")]
     assert "after 2 epochs" in told

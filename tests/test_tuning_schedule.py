@@ -11,10 +11,10 @@ import pytest
 from tests.test_tuning_record import BASE, add, make_plan
 from tuning.child import Order
 from tuning.cores import CoreClaim
+from tuning.drive import bundle
 from tuning.record import SweepFolder
 from tuning.schedule import Numbers, make_scheduler
 from tuning.space import load_space
-from tuning.sweep import bundle
 from tuning.tpe import propose
 
 CPUS, GPUS = {"CPU": 16.0}, {"CPU": 64.0, "GPU": 4.0}
@@ -42,7 +42,7 @@ def test_rungs_are_as_the_trials_that_are_over_have_left_them(sweep: SweepFolder
 def test_begun_trials_go_first_and_new_ones_follow(sweep: SweepFolder) -> None:
     begun = [add(sweep, 2, 0.1, state="stopped")]
     numbers = Numbers(
-        begun, lambda number: add(sweep, number), [3, 4], lambda trial: Order("sweep", trial.number, 2, 2, "/")
+        begun, lambda number: add(sweep, number), [3, 4], lambda trial: Order("sweep", trial.number, 16, 2, 2, "/")
     )
     found = [numbers.suggest("x") for _ in range(4)]
     assert [one["number"] for one in found[:3] if isinstance(one, dict)] == [2, 3, 4]
@@ -89,13 +89,13 @@ def test_optuna_proposes_from_what_the_folder_tells(sweep: SweepFolder) -> None:
     assert all(0 <= weight <= 1 for weight in drawn)
     proposals = [propose(sweep, space, number, lambda drawn: True) for number in range(20, 30)]
     near = sum(abs(one["method.teacher_weight"] - 0.8) < 0.3 for one in proposals)
-    assert near > 5
+    assert near >= 9  # 5 without the trials
 
 
 def test_a_run_that_has_finished_untold_is_told_and_not_trained_again(sweep: SweepFolder) -> None:
     trial = add(sweep, 0, *[0.5] * 16, state="finished")
     code = (
-        "import sys; from tuning.child import Order, Trainer; trainer = Trainer(Order(sys.argv[1], 0, 1, 0, '/'))\n"
+        "import sys; from tuning.child import Order, Trainer; trainer = Trainer(Order(sys.argv[1], 0, 16, 1, 0, '/'))\n"
         "epochs = []\n"
         "while not trainer.is_over: epochs.append(trainer.next_epoch()['epoch'])\n"
         "trainer.stop(); print(epochs)"

@@ -13,8 +13,8 @@ def main(out: Path, command: list[str]) -> int:
     code = subprocess.run(command).returncode
     ray.init(log_to_driver=False)
     groups = [group["state"] for group in placement_group_table().values()]
-    resources = {kind: [ray.available_resources().get(kind, 0), ray.cluster_resources()[kind]] for kind in ("CPU",)}
-    out.write_text(json.dumps({"groups": groups, "resources": resources}))
+    cores = [ray.available_resources().get("CPU", 0), ray.cluster_resources()["CPU"]]
+    out.write_text(json.dumps({"groups": groups, "cores": cores}))
     return code
 
 

@@ -87,13 +87,13 @@ def linear(name: str, values: Iterable[float | None], *, whole: bool = False, ro
     return Axis(name, (low - room, high + room), _ticks(low - room, high + room))
 
 
-def short(value: object, digits: int = 4) -> str:
+def short(value: object) -> str:
     """As a person writes it, or a recipe."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _ticks(low: float, high: float, *, whole: bool = False) -> list[tuple[float, str]]:

@@ -103,7 +103,7 @@ def parallel(axes: Sequence[Axis], trials: Sequence[tuple[Look, Sequence[object]
 
 def curves(title: str, note: str, paths: Sequence[Path], x: Axis, y: Axis, rung: float | None) -> Element:
     """Learning curves; a ring where warm-up ended, a cross where a trial was pruned."""
-    frame = _Frame(530.0, 330.0, x, y, x_title="epochs trained", count=len(paths))
+    frame = _Frame(530.0, 330.0, x, y, x_title="epochs trained", top=40.0, count=len(paths))
     svg = frame.svg
     svg.insert(0, el("text", {"x": 46, "y": 16, "class": "heading"}, title))
     svg.insert(1, el("text", {"x": 46, "y": 31, "class": "note"}, note))
@@ -127,9 +127,9 @@ def curves(title: str, note: str, paths: Sequence[Path], x: Axis, y: Axis, rung:
     return svg
 
 
-def scatter(marks: Sequence[Mark], x: Axis, y: Axis, *, width: float, height: float, title: str = "") -> Element:
-    """A point a trial."""
-    frame = _Frame(width, height, x, y, x_title=title or x.name, y_title=y.name if title else "")
+def scatter(marks: Sequence[Mark], x: Axis, y: Axis, *, width: float, height: float, upright: bool = False) -> Element:
+    """A point a trial. ``upright``: the y axis has its name beside it."""
+    frame = _Frame(width, height, x, y, x_title=x.name, y_title=y.name if upright else "")
     for mark in marks:
         at, value = x.place(mark.x), frame.y(mark.y)
         if at is None or value is None:
@@ -175,7 +175,7 @@ def strips(groups: Sequence[tuple[str, Sequence[Mark], float, float]], x: Axis) 
     """
     row, left = 34.0, 150.0
     height = row * len(groups) + 46
-    frame = _Frame(_WIDTH, height, x, None, x_title=x.name, left=left, top=8.0)
+    frame = _Frame(_WIDTH, height, x, None, x_title=x.name, left=left)
     for number, (name, marks, mean, deviation) in enumerate(groups):
         y = 8 + row * (number + 0.5)
         low, middle, high = (frame.x(value) for value in (mean - deviation, mean, mean + deviation))
@@ -204,12 +204,12 @@ class _Frame:
         x_title: str,
         y_title: str = "",
         left: float = 46.0,
-        top: float = 40.0,
+        top: float = 8.0,
         count: int = 0,
     ) -> None:
         self._x, self._y = x, y
         self.left, self.right = left + (14.0 if y_title else 0.0), width - 12.0
-        self.top, self.bottom = (top if y and y_title == "" and height > 250 else 8.0), height - 38.0
+        self.top, self.bottom = top, height - 38.0
         self.svg = _svg(width, height, "chart", count)
         for place, text in x.marks():
             at = self.across(place)

@@ -18,13 +18,12 @@ from typing import Any, NoReturn
 from launch.supervise import EXIT_STOPPED
 from tuning.cores import CoreClaim
 from tuning.ray_process import adopt_orphans, die_with_parent, kill_descendants
-from tuning.record import SweepFolder, TrialFolder
+from tuning.record import ATTEMPTS, TrialFolder, TrialsFolder, tail
 
-__all__ = ["Order", "Trainer", "TrialError"]
+__all__ = ["GRACE_SECONDS", "Order", "Trainer", "TrialError"]
 
 _POLL_SECONDS = 0.1
-_GRACE_SECONDS = 10  # more than run.stop_seconds, after which ranks end by force
-_TAIL = 15  # lines
+GRACE_SECONDS = 10  # more than run.stop_seconds, after which ranks end by force
 
 
 class TrialError(RuntimeError):
@@ -38,6 +37,7 @@ class Order:
     Attributes:
         sweep: its folder.
         number: of the trial.
+        epochs: to train up to; the whole run, or a generation's end.
         ranks: on this node.
         cores: for all of them; none are claimed where it is 0.
         cwd: in which the recipe's relative paths are right.
@@ -45,6 +45,7 @@ class Order:
 
     sweep: str
     number: int
+    epochs: int
     ranks: int
     cores: int
     cwd: str
@@ -55,12 +56,14 @@ class Trainer:
 
     def __init__(self, order: Order) -> None:
         os.chdir(order.cwd)  # the sweep's folder may be a relative path
-        self._order, self._sweep = order, SweepFolder(Path(order.sweep))
+        self._order, self._sweep = order, TrialsFolder(Path(order.sweep))
         self._trial = TrialFolder(self._sweep.trial_path(order.number))
-        self._claim = CoreClaim(order.cores) if order.cores else None
-        self._epochs, self._seconds_to_stop = self._trial.config.optim.epochs, self._trial.config.run.stop_seconds
+        self._seconds_to_stop = self._trial.config.run.stop_seconds
         self._told, self._noted = 0, False
+        if self._trial.state == "failed":  # in an earlier start of the sweep, and here
+            raise TrialError(f"trial {order.number} has failed {ATTEMPTS} times in a row")
         self._wait_until_free()
+        self._claim = CoreClaim(order.cores) if order.cores else None
         adopt_orphans()
         self._started = time.monotonic()
         # finished, and the process that was to tell it was killed
@@ -76,8 +79,8 @@ class Trainer:
         while True:
             ended = self._child.poll() if self._child else 0  # before the file, which is whole then
             records = self._trial.epochs
-            is_last = self._told + 1 == self._epochs
-            if len(records) > self._told and (not is_last or ended == 0):
+            is_last = self._told + 1 == self._order.epochs
+            if len(records) > self._told and (not is_last or ended == self._good_end):
                 self._told += 1
                 return records[self._told - 1]
             if ended is not None:
@@ -85,30 +88,33 @@ class Trainer:
             time.sleep(_POLL_SECONDS)
 
     @property
-    def sweep(self) -> Path:
-        return self._sweep.path
-
-    @property
     def is_over(self) -> bool:
         """Whether the last epoch was returned."""
-        return self._told == self._epochs
+        return self._told == self._order.epochs
+
+    @property
+    def _good_end(self) -> int:
+        return 0 if self._order.epochs == self._trial.config.optim.epochs else EXIT_STOPPED
 
     def stop(self, error: str | None = None) -> None:
         """End the ranks, which save first; by force what does not end in time. ``error``: what is wrong with them."""
         if self._child and self._child.poll() is None:
             self._child.terminate()
             with suppress(subprocess.TimeoutExpired):
-                self._child.wait(self._seconds_to_stop + _GRACE_SECONDS)
+                self._child.wait(self._seconds_to_stop + GRACE_SECONDS)
         kill_descendants()
         self._note(error)
         if self._claim:
             self._claim.release()
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        run = self._trial.path
+        run, until = self._trial.path, self._order.epochs if self._good_end else "null"
+        ranks, split = str(self._order.ranks), self._trial.split
+        train = ("launch.cli", "train", "--nproc-per-node", ranks)
         command = [
-            *(sys.executable, "-m", "launch.cli", "train", str(run / "config.yaml"), f"run.dir={run}"),
-            *("--nproc-per-node", str(self._order.ranks)),
+            *(sys.executable, "-m", *(train if split is None else ("tuning.measured", str(run), split, ranks))),
+            *(str(run / "config.yaml"), f"run.dir={run}"),
+            *(f"run.max_epochs={until}", "run.max_minutes=null", "run.resume=auto"),
         ]
         with (run / "output.log").open("ab") as out:
             return subprocess.Popen(
@@ -126,7 +132,7 @@ class Trainer:
         Raises:
             TrialError: they do not end.
         """
-        ends = time.monotonic() + self._seconds_to_stop + _GRACE_SECONDS
+        ends = time.monotonic() + self._seconds_to_stop + GRACE_SECONDS
         while self._trial.is_in_use:
             if time.monotonic() > ends:
                 raise TrialError(f"{self._trial.path} is still in use by ranks of an earlier start")
@@ -139,7 +145,8 @@ class Trainer:
         if code == EXIT_STOPPED:  # by hand, or its node is being taken: no fault of the trial
             self._note(None)
             raise TrialError(f"trial {self._order.number} was stopped from outside, and saved")
-        error = f"exit code {code} on {socket.gethostname()}; {self._trial.path / 'output.log'} ends:\n{self._tail()}"
+        log = self._trial.path / "output.log"
+        error = f"exit code {code} on {socket.gethostname()}; {log} ends:\n{tail(log)}"
         self._note(error)
         raise TrialError(f"trial {self._order.number}: {error}")
 
@@ -149,10 +156,6 @@ class Trainer:
         if not self._noted:
             self._trial.add_attempt(seconds=seconds, host=socket.gethostname(), error=error)
         self._noted = True
-
-    def _tail(self) -> str:
-        lines = (self._trial.path / "output.log").read_text(errors="replace").splitlines()
-        return "\n".join(lines[-_TAIL:])
 
 
 def _prepare(cores: frozenset[int] | None) -> None:

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import time
+from dataclasses import dataclass
 
 from adagc_dist.reasons import StopReason
 from launch.stop import STOP_FILE
@@ -10,11 +11,15 @@ from launch.supervise import EXIT_STOPPED
 from tuning.node import POLL_SECONDS, Node
 from tuning.ray_process import RayError, RayProcess, die_with_parent
 
-__all__ = ["INTERRUPTED", "lead"]
+__all__ = ["INTERRUPTED", "LOST", "UNREADY", "lead"]
 
-INTERRUPTED = "interrupted"  # a state: asked to stop, the command did not end in time
+# states beside finished, stopped and failed
+INTERRUPTED = "interrupted"  # asked to stop, the command did not end in time
+LOST = "lost"  # Ray on a node, or the command, was killed: no fault of the command
+UNREADY = "unready"  # Ray did not come up on all nodes
 
-_KILLED = 128 + 9
+_KILLED = 128 + signal.SIGKILL
+_NOTICE_SECONDS = 2  # until what a command has died of is known: `ray start` looks at its processes once a second
 _END_SECONDS = 10  # with the end of Ray less than Slurm's KillWait, by default 30
 _ANSWER_SECONDS = 5
 _ALIVE = 0  # GcsNodeInfo.ALIVE
@@ -22,21 +27,27 @@ _KINDS = ("CPU", "GPU")
 
 
 def lead(node: Node) -> None:
-    """This node's part, to its end; the command's exit code is in status.json."""
+    """This node's part, to its end; how it ended, and the command's exit code, are in status.json."""
     try:
-        code, reason = _Head(node).run()
+        end = _Head(node).run()
     except RayError as error:
-        code, reason = 1, str(error)
-    state = {0: "finished", EXIT_STOPPED: "stopped"}.get(code, INTERRUPTED if code == _KILLED else "failed")
-    node.rendezvous.publish(state, code=code, reason=reason)
+        end = _End(UNREADY, 1, str(error))
+    node.rendezvous.publish(end.state, code=end.code, reason=end.reason)
+
+
+@dataclass(frozen=True)
+class _End:
+    state: str
+    code: int
+    reason: str
 
 
 class _Head:
     def __init__(self, node: Node) -> None:
         self._node, self._part = node, node.part
 
-    def run(self) -> tuple[int, str]:
-        """The exit code, and why it is so.
+    def run(self) -> _End:
+        """How it ended, and why.
 
         Raises:
             RayError: the cluster or the command does not come up.
@@ -48,7 +59,7 @@ class _Head:
                 self._node.rendezvous.publish("running", address=address)
                 self._wait_for_all(address, ray)
             if reason := self._asked():
-                return EXIT_STOPPED, reason
+                return _End("stopped", EXIT_STOPPED, reason)
             return self._watch(self._start_command(address), ray)
 
     def _wait_for_all(self, address: str, ray: RayProcess) -> None:
@@ -90,27 +101,40 @@ class _Head:
         except OSError as error:
             raise RayError(f"the command did not start: {error}") from error
 
-    def _watch(self, command: "subprocess.Popen[bytes]", ray: RayProcess) -> tuple[int, str]:
-        """Wait for the command; it is told once that it is to stop. Slurm's SIGTERM is Ray's as well: after that, and
-        after a second signal, it has 10 s.
+    def _watch(self, command: "subprocess.Popen[bytes]", ray: RayProcess) -> _End:
+        """Wait for the command; it is told once that it is to stop. Slurm's SIGTERM is Ray's as well: after that, where
+        Ray is lost on this node, and after a second signal, it has 10 s.
         """
-        reason = ""
+        asked = lost = ""
         while command.poll() is None:
-            if not reason and (reason := self._asked()):
-                self._node.told = 0
-                command.terminate()
-            elif reason and (self._node.told or ray.ended):
-                if _killed(command) and reason != StopReason.FILE.value:
-                    return _KILLED, f"{reason}: the command did not end within {_END_SECONDS} s"
-            elif not reason and ray.ended:
-                command.terminate()
-                _killed(command)
-                return 1, f"Ray's head on {self._node.host} has ended; its log ends:\n{ray.last_words()}"
+            if not (asked or lost):
+                asked = self._asked()
+                lost = "" if asked else self._lost(ray)
+                if asked or lost:
+                    self._node.told = 0
+                    command.terminate()
+            elif self._node.told or ray.ended:
+                _end(command)
             time.sleep(POLL_SECONDS)
-        code = command.returncode if command.returncode >= 0 else 128 - command.returncode
-        if code == EXIT_STOPPED:
-            return code, reason or "by itself"
-        return code, f"the command ended with exit code {code}" + (f" after {reason}" if reason else "")
+        return _ended(command.returncode, asked, lost or ("" if asked else self._lost_by_then(ray, command.returncode)))
+
+    def _lost(self, ray: RayProcess) -> str:
+        """What of the cluster is gone; empty where it is whole."""
+        hosts = [self._node.host] if ray.ended else [*self._node.rendezvous.failed()]
+        return f"lost Ray on node {', '.join(hosts)}" if hosts else ""
+
+    def _lost_by_then(self, ray: RayProcess, code: int) -> str:
+        """What a command that has ended with ``code`` has died of, if it is no fault of its own: it may be the first to
+        notice.
+        """
+        if code in (0, EXIT_STOPPED):
+            return ""
+        ends = time.monotonic() + _NOTICE_SECONDS
+        while not (lost := self._lost(ray)) and time.monotonic() < ends:
+            time.sleep(POLL_SECONDS)
+        if code < 0:
+            return lost or f"lost the command, killed by {signal.Signals(-code).name}"
+        return lost
 
     def _asked(self) -> str:
         """What asks the sweep to stop; empty where nothing does."""
@@ -123,12 +147,24 @@ class _Head:
         return StopReason.FILE.value
 
 
-def _killed(command: "subprocess.Popen[bytes]") -> bool:
-    """Wait 10 s for its end; whether it had to be killed then."""
+def _ended(code: int, asked: str, lost: str) -> _End:
+    """Of a command that ended with ``code``, and before that was asked to stop, or lost what it needs."""
+    if code == 0:
+        return _End("finished", 0, "")
+    if code == EXIT_STOPPED:
+        return _End("stopped", code, asked or lost or "by itself")
+    if lost:
+        return _End(LOST, 1, lost)
+    if asked and asked != StopReason.FILE.value and code == -signal.SIGKILL:
+        return _End(INTERRUPTED, _KILLED, f"{asked}: the command did not end by itself")
+    code = code if code >= 0 else 128 - code
+    return _End("failed", code, f"the command ended with exit code {code}" + (f" after {asked}" if asked else ""))
+
+
+def _end(command: "subprocess.Popen[bytes]") -> None:
+    """It has 10 s."""
     try:
         command.wait(_END_SECONDS)
     except subprocess.TimeoutExpired:
         command.kill()
         command.wait()
-        return True
-    return False

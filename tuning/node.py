@@ -25,7 +25,7 @@ class Part:
         hosts: names of the nodes, the head's first.
         peer: address of another node as the first one sees it; empty where there is none.
         join_seconds: how long the nodes wait for each other.
-        object_store: bytes on each node; None takes ``object_store_bytes()``.
+        object_store: bytes on each node; None takes a tenth of the memory, at most 1 GB.
         command: for the first node.
     """
 

@@ -21,7 +21,6 @@ __all__ = [
     "adopt_orphans",
     "die_with_parent",
     "kill_descendants",
-    "object_store_bytes",
     "ray_environment",
     "temporary_base",
 ]
@@ -60,7 +59,7 @@ class RayProcess:
         log: file for what `ray start` says.
         base: node-local folder; Ray's is made in it.
         label: begins the name of Ray's folder.
-        object_store: bytes; None takes what ``object_store_bytes`` says.
+        object_store: bytes; None takes a tenth of the memory, at most 1 GB.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class RayProcess:
             f"--node-ip-address={address}",
             f"--temp-dir={self._session}",
             f"--num-cpus={len(os.sched_getaffinity(0))}",
-            f"--object-store-memory={object_store or object_store_bytes()}",
+            f"--object-store-memory={object_store or _object_store_bytes()}",
             # any that are free: the defaults are another user's on a shared node
             "--min-worker-port=0",
             "--max-worker-port=0",
@@ -149,7 +148,7 @@ class RayProcess:
             )
 
 
-def object_store_bytes() -> int:
+def _object_store_bytes() -> int:
     """For this node: a tenth of its memory, half of what /dev/shm has left, and no more than 1 GB."""
     memory: int = psutil.virtual_memory().total
     shared = shutil.disk_usage("/dev/shm").free

@@ -1,7 +1,7 @@
 """What the nodes of one start tell each other, through a folder on a file system that all of them see.
 
 FOLDER/status.json    the head's: {state, address}, at the end {state, code, reason}
-FOLDER/NODE.failed    why this node could not join
+FOLDER/NODE.failed    why this node could not join, or has left
 FOLDER/STOP           the supervisor's, with the signal it has heard
 FOLDER/ray.token      who knows it may use the cluster
 FOLDER/ray-NODE.log   what `ray start` said
@@ -62,7 +62,7 @@ class Rendezvous:
         write_text(self.folder / f"{host}.failed", why)
 
     def failed(self) -> dict[str, str]:
-        """The nodes that cannot join, and why."""
+        """The nodes that cannot join, or have left, and why."""
         return {path.stem: path.read_text() for path in sorted(self.folder.glob("*.failed"))}
 
     def asked_to_stop(self) -> str:

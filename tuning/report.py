@@ -7,18 +7,15 @@ or GPU and prints sharply; report.js links them. The page forbids itself to load
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from xml.etree.ElementTree import Element
 
 from adagc_dist.tracking import write_text
 from tuning import results, sections
-from tuning.markup import as_html, el, verbatim
+from tuning.markup import as_html, page
 from tuning.record import SweepFolder
 from tuning.view import View
 
 __all__ = ["main", "write_report"]
 
-_PAGE = Path(__file__).parent / "page"
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _SECTIONS = (
     sections.headline,
     sections.best,
@@ -27,6 +24,7 @@ _SECTIONS = (
     sections.curves,
     sections.slices,
     sections.repeats,
+    sections.generations,
     sections.table,
     sections.failures,
     sections.recipe,
@@ -40,7 +38,9 @@ def write_report(sweep: SweepFolder) -> Path:
         FileNotFoundError, ValueError: it is no sweep's folder, or one of another version.
     """
     path = sweep.path / "report.html"
-    write_text(path, as_html(_page(View(sweep))))
+    view = View(sweep)
+    title = f"Sweep {sweep.path.absolute().name}"
+    write_text(path, as_html(page(title, (section(view) for section in _SECTIONS))))
     return path
 
 
@@ -57,18 +57,6 @@ def main(argv: Sequence[str]) -> int:
         print(f"tuning.report: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _page(view: View) -> Element:
-    name = view.sweep.path.absolute().name
-    head = el("head", None, el("meta", {"charset": "utf-8"}))
-    head.append(el("meta", {"http-equiv": "Content-Security-Policy", "content": _POLICY}))
-    head.append(el("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}))
-    head.extend([el("title", None, f"Sweep {name}"), verbatim("style", _PAGE / "report.css")])
-    found = [section(view) for section in _SECTIONS]
-    body = el("body", None, el("main", None, *(one for one in found if one is not None)))
-    body.extend([el("div", {"id": "tip"}), verbatim("script", _PAGE / "report.js")])
-    return el("html", {"lang": "en"}, head, body)
 
 
 if __name__ == "__main__":

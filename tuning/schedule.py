@@ -13,14 +13,12 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from tuning.child import Order
-from tuning.record import Plan, SweepFolder, TrialFolder, samples
+from tuning.record import Plan, SweepFolder, TrialFolder, samples, why_hopeless
 
 __all__ = ["OBJECTIVE", "SAMPLES", "Numbers", "Recorder", "make_scheduler"]
 
 SAMPLES, OBJECTIVE = "samples", "objective"  # of what a trial reports
 REDUCTION = 3  # at a rung, the best third goes on
-
-_TOO_MANY = 3  # failed trials, where no other is any better
 
 
 class Numbers(Searcher):  # type: ignore[misc]  # Ray has no types
@@ -71,8 +69,8 @@ class Recorder(Callback):  # type: ignore[misc]  # Ray has no types
         hopeless: why no trial can succeed; empty as long as that is not known.
     """
 
-    def __init__(self, sweep: SweepFolder, say: Callable[[str], None], progress: Callable[[], None]) -> None:
-        self._sweep, self._say, self._progress = sweep, say, progress
+    def __init__(self, sweep: SweepFolder, say: Callable[[str], None]) -> None:
+        self._sweep, self._say = sweep, say
         self.running: dict[int, TrialFolder] = {}
         self.hopeless = ""
 
@@ -80,15 +78,12 @@ class Recorder(Callback):  # type: ignore[misc]  # Ray has no types
         number = trial.config["number"]
         self.running[number] = TrialFolder(self._sweep.trial_path(number))
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
-        self._progress()
-
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self.running.pop(trial.config["number"])
         last = trial.last_result
         if not last.get("over"):
             folder.prune()
-        verb = "finished" if last.get("over") else "stopped"
+        verb = "stopped" if not last.get("over") else "finished" if folder.state == "finished" else "waits"
         self._say(f"trial {folder.number:04d} {verb} after {last['epoch'] + 1} epochs, {last[OBJECTIVE]:.4f}")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -108,16 +103,12 @@ class Recorder(Callback):  # type: ignore[misc]  # Ray has no types
     def _why_hopeless(self, why: str) -> str:
         if why.startswith("--objective"):
             return why
-        trials = self._sweep.trials()
-        failed = sum(trial.state == "failed" for trial in trials)
-        if failed >= _TOO_MANY and not any(trial.epochs for trial in trials):
-            return f"{failed} trials have failed, and none has come to the end of an epoch: see above"
-        return ""
+        return why_hopeless(self._sweep.trials())
 
 
 def make_scheduler(plan: Plan, sweep: SweepFolder) -> TrialScheduler:
     """ASHA with its rungs as the trials that are over have left them, or one that stops nothing."""
-    if plan.scheduler == "none":
+    if plan.scheduler != "asha":
         return FIFOScheduler()
     asha = ASHAScheduler(
         time_attr=SAMPLES,
@@ -127,7 +118,7 @@ def make_scheduler(plan: Plan, sweep: SweepFolder) -> TrialScheduler:
         grace_period=plan.first_rung * plan.rows,
         reduction_factor=REDUCTION,
     )
-    for trial in sweep.trials():
+    for trial in sweep.drawn():
         if trial.state != "unfinished":  # the others tell again themselves
             _replay(asha, trial, sweep)
     return asha

@@ -2,13 +2,9 @@
 
 import json
 import math
-import os
 import shlex
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from itertools import chain
-from pathlib import Path
 from statistics import mean, stdev
 from xml.etree.ElementTree import Element
 
@@ -16,17 +12,28 @@ from tuning import charts
 from tuning.axes import linear, short
 from tuning.charts import Mark
 from tuning.importance import FEWEST, influences, kendall
-from tuning.markup import Node, el
+from tuning.markup import Node, el, plain_table, section
 from tuning.objective import OBJECTIVES
-from tuning.record import State
-from tuning.view import TRUE, Trial, View, alike, finite, or_lowest, repeated
+from tuning.record import State, tail
+from tuning.view import TRUE, Trial, View, finite, or_lowest, repeated
 
-__all__ = ["best", "curves", "failures", "headline", "importance", "parallel", "recipe", "repeats", "slices", "table"]
+__all__ = [
+    "best",
+    "curves",
+    "failures",
+    "generations",
+    "headline",
+    "importance",
+    "parallel",
+    "recipe",
+    "repeats",
+    "slices",
+    "table",
+]
 
 _NOISY = OBJECTIVES["noisy_map"].column
 _STATES: tuple[State, ...] = ("finished", "pruned", "unfinished", "failed")
 _FACTS = ("data.shards", "spml.policy", "method.name", "model.name", "optim.epochs", "optim.global_batch")
-_TAIL_BYTES, _TAIL_LINES = 16_000, 40
 _FEW = 8  # groups of repeats that are shown
 
 
@@ -36,7 +43,6 @@ def headline(view: View) -> Element:
     taken = sum(trial.row["samples"] for trial in trials)
     whole = len(trials) * plan.epochs * plan.rows
     hours = sum(trial.row["seconds"] for trial in trials) / 3600
-    top = view.best.objective if view.best else None
     header = el("header", None, el("h1", None, f"Sweep {view.sweep.path.absolute().name}"))
     facts = "  ·  ".join(f"{key}={short(plan.recipe[key])}" for key in _FACTS if key in plan.recipe)
     header.append(el("p", {"class": "facts"}, facts))
@@ -51,7 +57,7 @@ def headline(view: View) -> Element:
             )
         )
     cards = el("div", {"class": "cards"})
-    cards.append(_card(f"best {view.title}", short(top), view.objective.text))
+    cards.append(_card(f"best {view.title}", view.spread, view.objective.text))
     if view.best and view.knows_truth:
         cards.append(_card("true mAP of that trial", short(view.best.true), "only looked at: no decision used it"))
     states = el("div", {"class": "states"})
@@ -59,6 +65,8 @@ def headline(view: View) -> Element:
         if count:
             states.append(el("i", {"class": state, "style": f"flex:{count}"}))
     told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    again = sum(trial.row["repeats"] is not None for trial in trials)
+    told += f"; {again} of them repeat others with other seeds" if again else ""
     cards.append(_card("trials", str(len(trials)), told or "none yet", states if trials else ""))
     share = f"{100 * taken / whole:.0f} % of all trials trained to the end" if whole else "nothing yet"
     cards.append(_card("budget used", f"{_thousands(taken)} patches", f"{share}; {hours:.1f} h of training"))
@@ -79,10 +87,10 @@ def best(view: View) -> Element | None:
     values = el("dl")
     for key in view.keys:
         values.append(el("div", None, el("dt", None, key), el("dd", None, short(row.get(key)))))
-    told = f"{view.title} {short(view.best.objective)} after {row['epochs']} epochs. To train it again:"
+    told = f"{view.title} {view.spread} after {row['epochs']} epochs. To train it again:"
     command = f"adagc train {shlex.quote(str(view.sweep.path / 'best.yaml'))}"
     title = f"Best trial: {row['number']:04d}"
-    return _section(title, el("p", None, told), el("pre", {"class": "command"}, command), values)
+    return section(title, el("p", None, told), el("pre", {"class": "command"}, command), values)
 
 
 def importance(view: View) -> Element | None:
@@ -92,15 +100,17 @@ def importance(view: View) -> Element | None:
     panels = el("div", {"class": "pair"}, _influences(view))
     if view.knows_truth:
         panels.append(_agreement(view))
-    return _section("What matters", panels)
+    return section("What matters", panels)
 
 
 def _influences(view: View) -> Element:
+    if view.plan.scheduler == "pbt":
+        told = "Trials of a population took over from each other: importance over independent draws is not defined."
+        return el("div", None, el("p", {"class": "empty"}, told))
     at = view.plan.first_rung if view.plan.scheduler == "asha" else view.plan.epochs
     reached = [trial for trial in view.trials if len(trial.epochs) >= at]
     scores = {trial.look.number: finite(trial.epochs[at - 1].get(view.objective.column)) for trial in reached}
-    # of trials that differ by their seed the first: repeats are no further draws
-    firsts = [group[0] for group in alike(reached)]
+    firsts = [trial for trial in reached if trial.row["repeats"] is None]  # repeats are no further draws
     judged = [
         (one.row, score) for one in firsts if (score := scores[one.look.number]) is not None and _is_whole(view, one)
     ]
@@ -125,10 +135,10 @@ def _is_whole(view: View, trial: Trial) -> bool:
 
 def _agreement(view: View) -> Element:
     judged = [trial for trial in view.worst_first() if trial.objective is not None and trial.true is not None]
-    finished = [trial for trial in judged if trial.look.state == "finished"]
+    finished = [trial for trial in judged if trial.look.state == "finished" and trial.row["repeats"] is None]
     marks = [Mark(trial.look, trial.true, trial.objective) for trial in judged]
     across = linear("true mAP (only looked at)", (trial.true for trial in judged), robust=True)
-    chart = charts.scatter(marks, across, view.objective_axis, width=530, height=300, title="true mAP (only looked at)")
+    chart = charts.scatter(marks, across, view.objective_axis, width=530, height=300, upright=True)
     tau = kendall([or_lowest(one.objective) for one in finished], [or_lowest(one.true) for one in finished])
     told = "Does the objective rank trials as true labels would? "
     told += (
@@ -155,7 +165,7 @@ def parallel(view: View) -> Element | None:
     judged = sorted(trial.objective for trial in view.trials if trial.objective is not None)
     if judged:
         caption.append(charts.ramp(f"{view.title} {short(judged[0])}", short(judged[-1])))
-    return _section("Searched values", el("figure", None, charts.parallel(axes, lines), caption))
+    return section("Searched values", el("figure", None, charts.parallel(axes, lines), caption))
 
 
 def curves(view: View) -> Element | None:
@@ -175,7 +185,7 @@ def curves(view: View) -> Element | None:
         pair.append(charts.curves(title, notes.get(column, "on observed labels of validation"), paths, x, y, rung))
     told = "Rings: the trigger, where warm-up ended. Crosses: the trial was pruned there."
     told += " Dashed: the first rung, before which no trial is stopped." if rung is not None else ""
-    return _section("Learning curves", el("figure", None, pair, el("figcaption", None, told)))
+    return section("Learning curves", el("figure", None, pair, el("figcaption", None, told)))
 
 
 def slices(view: View) -> Element | None:
@@ -188,7 +198,7 @@ def slices(view: View) -> Element | None:
     told = f"Upwards: {view.title} at each trial's last epoch. Filled: finished; open: pruned or not finished."
     if any(trial.objective is not None and trial.objective < view.objective_axis.ends[0] for trial in view.trials):
         told += " Trials far below the others lie on the lower edge."
-    return _section("Objective by value", el("figure", None, grid, el("figcaption", None, told)))
+    return section("Objective by value", el("figure", None, grid, el("figcaption", None, told)))
 
 
 def repeats(view: View) -> Element | None:
@@ -215,9 +225,31 @@ def repeats(view: View) -> Element | None:
     )
     x = linear(view.title, (finite(value) for value in reach))
     head = ("settings of", "measure", "mean ± standard deviation", "n", "values")
-    told = "Finished trials that differ by run.seed only. Band: a standard deviation to each side of the mean."
+    told = "The best once more with other values of run.seed. Band: a standard deviation to each side of the mean."
     figure = el("figure", None, charts.strips(marked, x), el("figcaption", None, told))
-    return _section("Spread over seeds", figure, _plain_table(head, lines))
+    return section("Spread over seeds", figure, plain_table(head, lines))
+
+
+def generations(view: View) -> Element | None:
+    """Of a population: who took over from whom, and what was changed."""
+    found = view.sweep.generations()
+    lines = [
+        (
+            f"{one.epoch} epochs",
+            f"{move.number:04d} ({short(one.objectives[str(move.number)])})",
+            f"{move.source:04d} ({short(one.objectives[str(move.source)])})",
+            ", ".join(f"{key} = {short(value)}" for key, value in move.values.items()) or "nothing",
+        )
+        for one in found
+        for move in one.moves
+    ]
+    if not lines:
+        return None
+    head = ("after", f"gave up ({view.title})", "took over from", "with other values")
+    told = (
+        "A trial that took over is its source's run up to that epoch; schedule.changes of its recipe has all changes."
+    )
+    return section("Generations", plain_table(head, lines), el("p", {"class": "note"}, told))
 
 
 def table(view: View) -> Element | None:
@@ -241,7 +273,7 @@ def table(view: View) -> Element | None:
     titles = [_column_title(name) for name in head]
     listing = el("table", {"id": "trials"}, el("thead", None, el("tr", None, *titles)), body)
     told = "Click a column to sort, a trial to keep it marked in all charts."
-    return _section("Trials", el("div", {"class": "scroll"}, listing), el("p", {"class": "note"}, told))
+    return section("Trials", el("div", {"class": "scroll"}, listing), el("p", {"class": "note"}, told))
 
 
 def failures(view: View) -> Element | None:
@@ -252,43 +284,25 @@ def failures(view: View) -> Element | None:
     for trial in failed:
         errors = trial.folder.errors
         attempts = "; ".join(f"attempt {at}: {_first_line(error)}" for at, error in enumerate(errors, 1))
-        tail = _tail(trial.folder.path / "output.log") or (errors[-1] if errors else "")
+        end = tail(trial.folder.path / "output.log") or (errors[-1] if errors else "")
         summary = el("summary", None, el("b", None, f"Trial {trial.look.number:04d}"), f"  {attempts}")
-        entries.append(el("details", {"open": "" if len(failed) == 1 else None}, summary, el("pre", None, tail)))
-    return _section("Failed trials", *entries)
+        entries.append(el("details", {"open": "" if len(failed) == 1 else None}, summary, el("pre", None, end)))
+    return section("Failed trials", *entries)
 
 
 def recipe(view: View) -> Element:
     fixed = {key: value for key, value in sorted(view.plan.recipe.items()) if key not in view.plan.space}
     lines = [(key, short(value)) for key, value in fixed.items()]
     domains = [(key, json.dumps(view.plan.space[key])) for key in view.keys]
-    return _section(
+    return section(
         "What was searched, and what was fixed",
-        _plain_table(("searched", "domain"), domains),
-        el("details", None, el("summary", None, f"{len(lines)} fixed settings"), _plain_table(("key", "value"), lines)),
+        plain_table(("searched", "domain"), domains),
+        el("details", None, el("summary", None, f"{len(lines)} fixed settings"), plain_table(("key", "value"), lines)),
     )
-
-
-def _section(title: str, *children: Node) -> Element:
-    return el("section", None, el("h2", None, title), *children)
 
 
 def _card(title: str, figure: str, told: str, extra: Node = "") -> Element:
     return el("div", {"class": "card"}, el("h3", None, title), el("b", None, figure), extra, el("p", None, told))
-
-
-def _plain_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Element:
-    titles = el("tr", None, *(el("th", {"scope": "col"}, name) for name in head))
-    lines = [el("tr", None, *(el("td", None, cell) for cell in row)) for row in rows]
-    return el("table", None, el("thead", None, titles), el("tbody", None, *lines))
-
-
-def _tail(log: Path) -> str:
-    """The end of a log."""
-    with suppress(OSError), log.open("rb") as stream:
-        stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        return "\n".join(stream.read().decode(errors="replace").splitlines()[-_TAIL_LINES:])
-    return ""
 
 
 def _first_line(error: str) -> str:

@@ -20,18 +20,20 @@ from adagc_dist.config import Config
 from launch.recipe import load_config
 from sharding.rng import derive_rng
 
-__all__ = ["SPACES", "Base", "Domain", "Space", "load_space"]
+__all__ = ["Base", "Domain", "Space", "load_space"]
 
-SPACES = Path(__file__).parent / "spaces"
+_SPACES = Path(__file__).parent / "spaces"
 
 _KINDS = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2, "choice": 0}  # kind -> numbers it takes
 _FIXED = {
     "run.": "a trial's folder, seed and reports are the sweep's",
+    "schedule.": "it is what --scheduler pbt finds",
     "spml.": "under other observed labels the objective is another one",
     "data.shards": "on other data the objective is another one",
     "optim.epochs": "all trials have the same budget",
 }
 _DRAWS = 100
+_NEAR = 1 / 8  # of the range
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)
 
 
@@ -48,8 +50,13 @@ class Base:
         Raises:
             ValueError: it refuses them; the message names the key.
         """
-        own = [f"{key}={_text(value)}" for key, value in values.items()]
+        own = [self.override(key, value) for key, value in values.items()]
         return load_config(self.recipe, [*self.overrides, *own, f"run.dir={folder}"])
+
+    @staticmethod
+    def override(key: str, value: Any) -> str:
+        """As the command line has it."""
+        return f"{key}={_text(value)}"
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,34 @@ class Domain:
         if self.kind == "randint":
             return int(rng.integers(low, high, endpoint=True))
         if self.kind == "quniform":
-            step = self.arguments[2]
-            return _short(low + step * int(rng.integers(math.floor((high - low) / step + 1e-9), endpoint=True)))
+            steps = math.floor((high - low) / self.arguments[2] + 1e-9)
+            return self._stepped(int(rng.integers(steps, endpoint=True)))
         if self.kind == "loguniform":
             return min(max(_short(math.exp(rng.uniform(math.log(low), math.log(high)))), low), high)
         return min(max(_short(rng.uniform(low, high)), low), high)
+
+    def near(self, value: Any, rng: np.random.Generator) -> Any:
+        """An eighth of the range up or down, in the domain's own scale, or to its end; of a choice, a neighbour."""
+        up = rng.random() < 0.5
+        if self.kind == "choice":
+            at = self.arguments.index(value) + (1 if up else -1)
+            return self.arguments[min(max(at, 0), len(self.arguments) - 1)]
+        low, high = self.arguments[:2]
+        if self.kind == "loguniform":
+            factor = (high / low) ** _NEAR
+            return min(max(_short(value * factor if up else value / factor), low), high)
+        step = self.arguments[2] if self.kind == "quniform" else 1 if self.kind == "randint" else 0
+        size = max(round((high - low) * _NEAR / step), 1) * step if step else (high - low) * _NEAR
+        return min(max(_short(value + size if up else value - size), low), self._highest)
+
+    @property
+    def _highest(self) -> Any:
+        """The last value of quniform need not be its high end."""
+        low, high = self.arguments[:2]
+        return self._stepped(math.floor((high - low) / self.arguments[2] + 1e-9)) if self.kind == "quniform" else high
+
+    def _stepped(self, steps: int) -> float:
+        return _short(self.arguments[0] + self.arguments[2] * steps)
 
     @property
     def ends(self) -> tuple[Any, ...]:
@@ -148,7 +178,7 @@ class Space:
         """Whether no value of the section's other keys goes with this one: those that depend on each other are tried
         together.
         """
-        section = key.partition(".")[0]
+        section = f"{key.partition('.')[0]}."
         others = {name: domain for name, domain in self.domains.items() if name != key and name.startswith(section)}
         for ends in itertools.islice(itertools.product(*(domain.ends for domain in others.values())), 32):
             try:
@@ -167,9 +197,9 @@ def load_space(name: str | Path) -> Space:
     """
     path = Path(name)
     if not path.is_file():
-        path = SPACES / f"{name}.yaml"
+        path = _SPACES / f"{name}.yaml"
     if not path.is_file():
-        shipped = ", ".join(sorted(file.stem for file in SPACES.glob("*.yaml")))
+        shipped = ", ".join(sorted(file.stem for file in _SPACES.glob("*.yaml")))
         raise ValueError(f"there is no space {str(name)!r}: give a YAML file, or the name of a shipped one ({shipped})")
     try:
         tree = yaml.safe_load(path.read_text())

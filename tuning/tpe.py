@@ -1,5 +1,6 @@
 """Values for a new trial by Optuna's TPE, as a function of the trials in the folder: nothing is kept in between."""
 
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import accumulate
@@ -34,7 +35,7 @@ def propose(sweep: SweepFolder, space: Space, number: int, fits: Callable[[dict[
     sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     distributions = {key: _distribution(domain) for key, domain in space.domains.items()}
-    for trial in sweep.trials():
+    for trial in sweep.drawn():
         study.add_trial(_told(trial, sweep, distributions))
     for _ in range(100):
         asked = study.ask(distributions)
@@ -52,6 +53,8 @@ def _told(trial: TrialFolder, sweep: SweepFolder, distributions: dict[str, Any])
     values = [sweep.objective.of(record) for record in epochs]
     states = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
     state = states.get(trial.state, TrialState.RUNNING)
+    if state is TrialState.COMPLETE and math.isnan(values[-1]):
+        state = TrialState.FAIL  # it was not measured
     return create_trial(
         params={key: _parameter(trial.values[key]) for key in distributions},
         distributions=distributions,

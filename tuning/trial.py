@@ -1,6 +1,7 @@
 """A trial as Ray Tune sees it: an actor in a placement group of its own, whose child trains."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -18,7 +19,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     def setup(self, config: Mapping[str, Any]) -> None:
         order = Order(**config)
         self._trainer = Trainer(order)
-        self._objective = SweepFolder(self._trainer.sweep).objective
+        self._objective = SweepFolder(Path(order.sweep)).objective
         self._samples = 0
 
     def step(self) -> dict[str, Any]:

@@ -1,17 +1,12 @@
 """What a sweep's report shows, read once from its folder."""
 
-import json
 import math
-from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from launch.recipe import flatten
 from tuning import charts, results
 from tuning.axes import Axis, axis_of, linear
 from tuning.charts import Look
@@ -19,7 +14,7 @@ from tuning.objective import OBJECTIVES
 from tuning.record import SweepFolder, TrialFolder
 from tuning.space import Domain
 
-__all__ = ["TRUE", "Trial", "View", "alike", "finite", "or_lowest", "repeated"]
+__all__ = ["TRUE", "Trial", "View", "finite", "or_lowest", "repeated"]
 
 TRUE = OBJECTIVES["oracle"].column
 
@@ -80,6 +75,12 @@ class View:
         ]
         self.best = next((trial for trial in self.trials if trial.look.is_best), None)
 
+    @property
+    def spread(self) -> str:
+        """The objective of the best trial; mean and deviation, where it was repeated."""
+        rows = [trial.row for trial in self.trials]
+        return results.spread(self.best.row, rows) if self.best else "-"
+
     @cached_property
     def keys(self) -> list[str]:
         return sorted(self.plan.space)
@@ -113,24 +114,14 @@ class View:
 
 
 def repeated(view: View) -> list[list[Trial]]:
-    """Finished trials by what they have in common, two and more of each, the best mean first."""
-    finished = [one for one in view.trials if one.look.state == "finished" and one.objective is not None]
-    groups: dict[str, list[Trial]] = {}
-    for trial in chain.from_iterable(group for group in alike(finished) if len(group) > 1):
-        with suppress(OSError, ValueError):  # a configuration of another version says nothing
-            plain = {key: value for key, value in flatten(trial.folder.config).items() if not key.startswith("run.")}
-            groups.setdefault(json.dumps(plain, sort_keys=True), []).append(trial)
+    """Finished trials that were repeated with other seeds, each with its repeats, the best mean first."""
+    groups: dict[int, list[Trial]] = {}
+    for trial in view.trials:
+        if trial.look.state == "finished" and trial.objective is not None:
+            root = trial.row["repeats"]
+            groups.setdefault(trial.look.number if root is None else root, []).append(trial)
     several = [group for group in groups.values() if len(group) > 1]
     return sorted(several, key=lambda group: -mean(or_lowest(trial.objective) for trial in group))
-
-
-def alike(trials: Iterable[Trial]) -> list[list[Trial]]:
-    """By what was drawn for them."""
-    groups: dict[str, list[Trial]] = {}
-    for trial in trials:
-        drawn = {key: value for key, value in trial.values.items() if key != "run.seed"}
-        groups.setdefault(json.dumps(drawn, sort_keys=True), []).append(trial)
-    return list(groups.values())
 
 
 def finite(value: object) -> float | None:

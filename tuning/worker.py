@@ -18,7 +18,7 @@ def work(node: Node) -> None:
                 while not _over(node) and not ray.ended:
                     time.sleep(POLL_SECONDS)
                 if not _over(node):
-                    node.say(f"Ray has ended on node {node.host}; the command goes on without it\n{ray.last_words()}")
+                    node.rendezvous.fail(node.host, f"Ray has ended; see {node.rendezvous.log(node.host)}")
     except RayError as error:
         node.rendezvous.fail(node.host, str(error))
     while not node.rendezvous.ended:  # srun ends the other tasks a minute after the first one that has gone

@@ -16,9 +16,9 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from tests.processes import alive, children, descendants, kill, name_of, wait_until, with_environment
 from tests.slurm.configuration import SLURMD_PORT, Node, write_configuration
 from tests.slurm.network import Network, can_separate, remove_leftovers
-from tests.slurm.processes import alive, children, descendants, kill, name_of, wait_until, with_environment
 
 __all__ = ["Cluster", "Node", "missing", "running_cluster"]
 
@@ -202,6 +202,16 @@ class Cluster:
             known = self.run("scontrol", "show", "job", str(job)).stdout
             raise TimeoutError(f"{error}\n{known}\n{self.run('sinfo', '--long').stdout}\n{self.log(job)}") from None
         return self.state(job)
+
+    def comment(self, job: int | str) -> str:
+        """What the job has last told of itself; empty before it has."""
+        return self.job(job).get("Comment", "").strip()
+
+    def wait_left(self, timeout: float = 30) -> None:
+        """Until no process of a job is on a node, and nothing listens there."""
+        wait_until(lambda: not any(self.processes(node) for node in self.nodes), "all processes to end", timeout)
+        if self.nodes[0].netns is not None:
+            assert not any(self.listening(node) for node in self.nodes)
 
     def cancel_all(self) -> None:
         """Waits until no job is left; none gets the time between SIGTERM and SIGKILL."""

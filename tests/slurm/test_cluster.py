@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import wait_until, with_environment
 from tests.slurm.cluster import Cluster, missing
 from tests.slurm.configuration import Node
-from tests.slurm.processes import wait_until, with_environment
 
 _REQUEUEING = r"""#!/bin/bash
 echo "run ${SLURM_RESTART_COUNT:-0}"

@@ -7,9 +7,9 @@ import pytest
 from sharding.sources.geotiff import RebenTree
 from sharding.synthetic.tree import write_tree
 from sharding.writer import write_shards
+from tests.processes import wait_until
 from tests.readback import digests
 from tests.slurm.cluster import Cluster
-from tests.slurm.processes import wait_until
 
 CHECKOUT = Path(__file__).parents[2]
 ROWS = 5

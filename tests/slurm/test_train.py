@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tests.processes import kill, wait_until
 from tests.slurm.cluster import Cluster, Node
-from tests.slurm.processes import kill, wait_until
 from tests.tiny import tiny_settings
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "train_reben.sh"
@@ -81,7 +81,7 @@ class Training:
         return self._slurm.log(self.job)
 
     def comment(self) -> str:
-        return self._slurm.job(self.job)["Comment"].strip()
+        return self._slurm.comment(self.job)
 
     def lines(self) -> list[dict[str, Any]]:
         path = self.run / "logs" / "starts.jsonl"
@@ -181,9 +181,7 @@ def test_scancel_leaves_nothing_and_stop_is_not_requeued(
     training.wait_trained()
     slurm.run("scancel", str(job))
     slurm.wait(job, "CANCELLED")
-    wait_until(lambda: not any(slurm.processes(node) for node in slurm.nodes), "all processes to end", 30)
-    if slurm.nodes[0].netns is not None:
-        assert not any(slurm.listening(node) for node in slurm.nodes)
+    slurm.wait_left()
     assert not list(training.run.rglob("*.partial*"))
     assert not [path for path in training.run.glob("checkpoints/*") if not (path / "COMPLETE.json").exists()]
 
@@ -213,7 +211,7 @@ def test_a_job_without_progress_is_not_requeued_for_ever(slurm: Cluster, tiny_sh
     slurm.wait(job, "FAILED")
     assert "ended before it could save; not requeued: no newer checkpoint in 2 starts" in training.comment()
     assert slurm.job(job)["Restarts"] == "1"
-    wait_until(lambda: not any(slurm.processes(node) for node in slurm.nodes), "all processes to end", 30)
+    slurm.wait_left()
 
 
 @pytest.mark.timeout(600)

@@ -8,16 +8,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["alive", "children", "descendants", "kill", "name_of", "wait_until", "with_environment"]
+__all__ = ["alive", "children", "descendants", "kill", "name_of", "wait_until", "with_environment", "words_of"]
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout: float) -> None:
+def wait_until(
+    condition: Callable[[], bool], what: str = "what was to come about", timeout: float = 20.0, *, pause: float = 0.1
+) -> None:
     """Raises `TimeoutError` naming `what` where the condition does not hold within `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {timeout:g} s for {what}")
-        time.sleep(0.1)
+        time.sleep(pause)
 
 
 def alive(pid: int) -> bool:
@@ -50,6 +52,13 @@ def with_environment(entry: str) -> list[int]:
     """The processes whose environment has an entry that begins like this."""
     start = entry.encode()
     return [pid for pid in _pids() if any(line.startswith(start) for line in _environment(pid).split(b"\0"))]
+
+
+def words_of(pid: int) -> list[str]:
+    """Its command line; empty where it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
+    return []
 
 
 def kill(*pids: int) -> None:
