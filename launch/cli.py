@@ -21,6 +21,7 @@ _COMMANDS = {
     ),
     "train": ("launch.train", "main", "train AdaGC or a baseline, on one rank or many"),
     "tune": ("tuning.command", "main", "search settings with Ray Tune, over runs of one rank or many"),
+    "compare": ("tuning.compare", "main", "methods by settings by seeds: the table of a paper, restartable"),
     "recover": ("launch.recover", "main", "the labels that a run recovered, per patch: parquet, CSV or GeoJSON"),
     "predict": ("launch.predict", "main", "what a run's teacher sees in new patches without labels"),
     "evaluate": ("launch.evaluate", "main", "exact metrics of trained runs, as a table and as metrics.json"),

@@ -5,13 +5,13 @@ failed, and puts the job back into the queue if it is to go on. Without Slurm it
 """
 
 import argparse
+import itertools
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
-from itertools import count
 from pathlib import Path
 
 from adagc_dist.checkpoint import CheckpointStore
@@ -20,17 +20,18 @@ from adagc_dist.config import Config
 from adagc_dist.tracking import read_status
 from launch.cluster.postmortem import explain
 from launch.cluster.preflight import preflight
-from launch.cluster.requeue import End, Limits, Start, StartLog, Verdict, decide
+from launch.cluster.requeue import End, Limits, Start, StartLog, Verdict, confirmed, decide
 from launch.cluster.slurm import Allocation, JobControl, SlurmError
 from launch.cluster.steps import Steps
 from launch.rundir import LOGS, check_unused, make_folder, mark_failed
 from launch.supervise import EXIT_STOPPED, supervise
+from sharding.arguments import count, make_parser, positive
 
 __all__ = ["TrainingJob", "main"]
 
 _MARGIN_MINUTES = 2.0  # above engine.timeout_minutes, for ranks to end
 _LOOK_SECONDS = 20
-_PREEMPTED = 128 + 15  # Slurm tells the steps only, of which one that is not in training yet just ends
+_PREEMPTED = 128 + signal.SIGTERM  # Slurm tells the steps only, of which one that is not in training yet just ends
 
 _EPILOG = """\
 In a batch script, with one task a node (--ntasks-per-node=1):
@@ -156,11 +157,7 @@ class TrainingJob:
     def _decide(self, end: End, *, moved: bool) -> Verdict:
         idle = 0 if moved else self._starts.idle(self._allocation.job, self._reached())
         limits = Limits(self._arguments.max_restarts, self._arguments.max_idle)
-        verdict = decide(end, restarts=self._allocation.restarts, idle=idle, limits=limits)
-        if not verdict.requeue or (state := self._control.state()) in ("RUNNING", "UNKNOWN"):
-            return verdict
-        why = f"{verdict.why.partition('; ')[0]}; left to Slurm, for which the job is {state} by now"
-        return replace(verdict, requeue=False, why=why)
+        return confirmed(decide(end, restarts=self._allocation.restarts, idle=idle, limits=limits), self._control)
 
     def _requeue(self) -> None:
         """Slurm ends this process for it."""
@@ -191,7 +188,7 @@ def _train_here(arguments: argparse.Namespace) -> int:
 def _fresh(folder: Path) -> Path:
     """A new folder of this name, or FOLDER-2, FOLDER-3 ... where this allocation has started the run before."""
     name = folder.name
-    for number in count(2):
+    for number in itertools.count(2):
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
             break
@@ -209,25 +206,27 @@ def _say(text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.job",
-        description="Run a training as a job: under Slurm on all nodes of the allocation, else on this machine.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Run a training as a job: under Slurm on all nodes of the allocation, else on this machine."
+    parser = make_parser("python -m launch.job", description, _EPILOG)
     parser.add_argument("kind", choices=["train"], help="what the job does")
     parser.add_argument("recipe", help="as in `adagc train`")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as in `adagc train`")
-    parser.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks a node (default: its GPUs, else 1)")
-    parser.add_argument("--max-restarts", type=int, default=20, metavar="N", help="requeue at most so often (20)")
-    text = "do not requeue after so many starts in a row without a newer checkpoint (3)"
-    parser.add_argument("--max-idle", type=int, default=3, metavar="N", help=text)
+    parser.add_argument("--nproc-per-node", type=positive, metavar="N", help="ranks a node (default: its GPUs, else 1)")
+    parser.add_argument(
+        "--max-restarts",
+        type=count,
+        default=Limits.restarts,
+        metavar="N",
+        help="requeue at most so often (%(default)s)",
+    )
+    text = "do not requeue after so many starts in a row without a newer checkpoint (%(default)s)"
+    parser.add_argument("--max-idle", type=positive, default=Limits.idle, metavar="N", help=text)
     text = "look the nodes over before the ranks start (default yes)"
     parser.add_argument("--preflight", choices=["yes", "no"], default="yes", help=text)
     text = "words that start Python in each step, as of a container: 'apptainer exec --nv image.sif python'"
     parser.add_argument("--python", default=sys.executable, metavar="WORDS", help=text)
     text = "how long the nodes wait for each other at the start (300)"
-    parser.add_argument("--join-seconds", type=int, default=300, metavar="S", help=text)
+    parser.add_argument("--join-seconds", type=positive, default=300, metavar="S", help=text)
     return parser
 
 

@@ -9,6 +9,8 @@ import socket
 from pathlib import Path
 from typing import IO
 
+from adagc_dist.reasons import TakenOver
+
 __all__ = ["LOCK_FILE", "RunLock"]
 
 log = logging.getLogger(__name__)
@@ -77,11 +79,11 @@ class RunLock:
         """Before something is written that others build on.
 
         Raises:
-            ValueError: another process has taken over.
+            TakenOver: by another process.
         """
         holder = _holder(self._path)
         if holder not in (self._name, ""):
-            raise ValueError(f"{self._run} was taken over by {holder}: this process ends")
+            raise TakenOver(f"{self._run} was taken over by {holder}: this process ends")
 
 
 def _holder(path: Path) -> str:

@@ -20,6 +20,7 @@ from adagc_dist.comm import Comm, first_error_everywhere
 from adagc_dist.config import Config
 from adagc_dist.predict import Scores, SplitScorer
 from adagc_dist.report import prediction_table
+from adagc_dist.scores import to_probabilities
 from launch.arguments import add_ranks
 from launch.data import Shards
 from launch.failure import exit_code
@@ -29,7 +30,7 @@ from launch.scoring import SplitScores, fit_thresholds, progress_bar, stored_thr
 from launch.teacher import Teacher, load_teacher
 from launch.world import World, world_context
 from sharding import reben
-from sharding.arguments import make_parser
+from sharding.arguments import make_parser, probability
 from sharding.images import RGB
 from sharding.loader import ShardLoader
 from sharding.manifest import Manifest
@@ -221,6 +222,7 @@ def _score(
         comm=comm,
         device=device,
         autocast=lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        probabilities=to_probabilities(config.method.name),
     )
     try:
         return scorer.score(teacher.model, progress=progress_bar("predicting", rows, block=block, comm=comm))
@@ -275,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     option("overrides", nargs="*", metavar="section.key=value", help="settings that win over the run's")
     option("--images", type=Path, required=True, metavar="TREE", help="folder of patches, or folder or zip of images")
     add_output(parser)
-    option("--threshold", type=float, metavar="T", help="of every class (default: the run's, fitted per class)")
+    option("--threshold", type=probability, metavar="T", help="of every class (default: the run's, fitted per class)")
     unusable = "a patch that cannot be read: stop, or skip it and list it (default: %(default)s)"
     option("--on-error", choices=("stop", "skip"), default="stop", help=unusable)
     add_ranks(parser)

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from launch.labels_table import add_output, check_output, chosen_format, labels_
 from launch.newest import Averages, newest_averages
 from launch.recipe import load_run
 from launch.world import World, world_context
-from sharding.arguments import make_parser
+from sharding.arguments import make_parser, probability
 from sharding.manifest import SPLITS, LabelTable
 from sharding.places import Places, load_places
 
@@ -42,7 +42,8 @@ examples:
 
 Columns: patch_id, observed and recovered (class names; both together are the completed labels), teacher/<class> (the
 teacher's probability), average/<class> (of train: the moving average of the student's predictions, where the method
-keeps one), and crs, xmin, ymin, xmax, ymax. Unknown is null: a patch that could not be read, or has no average yet.
+keeps one; role's estimates, the labels of sat and ll_cp, em_apl's last predictions), and crs, xmin, ymin, xmax, ymax.
+Unknown is null: a patch that could not be read, or has no average yet.
 In Python: pandas.read_parquet("labels.parquet").merge(pandas.read_parquet("metadata.parquet"), on="patch_id")
 
 A label is recovered where the teacher reaches its class's threshold and it was not observed. Thresholds are those of
@@ -151,11 +152,11 @@ def recover(order: Order) -> None:
 
 
 def _by_averages(order: Order, split: _Split) -> _Found:
-    averages = newest_averages(order.run, split.shards.identity())
+    averages = _newest(order.run, split.shards)
     if averages is None:
         raise ValueError(
             f"{order.run} keeps no prediction averages: method.name={split.shards.config.method.name} has none "
-            "(adagc has). Leave out --averages-only to take the teacher's word"
+            "(adagc, elr and sat have). Leave out --averages-only to take the teacher's word"
         )
     seen_N = averages.written_N
     thresholds_C = _same(order.threshold, split)
@@ -187,10 +188,18 @@ def _by_teacher(order: Order, split: _Split, *, comm: Comm, device: torch.device
 def _averages_beside(order: Order, shards: Shards) -> Averages | None:
     """An addition to the teacher's scores: a finished run may be without checkpoints, or its shards made again."""
     try:
-        return newest_averages(order.run, shards.identity()) if order.split == "train" else None
+        return _newest(order.run, shards) if order.split == "train" else None
     except (FileNotFoundError, ValueError) as error:
         print(f"without averages: {error}", file=sys.stderr)
         return None
+
+
+def _newest(run: Path, shards: Shards) -> Averages | None:
+    """Without what a method keeps beside them, which comes after."""
+    averages = newest_averages(run, shards.identity())
+    if averages is None:
+        return None
+    return replace(averages, values_NC=averages.values_NC[:, : len(shards.manifest.classes)])
 
 
 def _deliver(order: Order, split: _Split, found: _Found) -> None:
@@ -246,7 +255,10 @@ def _parser() -> argparse.ArgumentParser:
     add_output(parser)
     parser.add_argument("--split", default="train", choices=SPLITS, help="split to recover (default train)")
     parser.add_argument(
-        "--threshold", type=float, metavar="T", help="of every class (default: fitted per class on observed labels)"
+        "--threshold",
+        type=probability,
+        metavar="T",
+        help="of every class (default: fitted per class on observed labels)",
     )
     parser.add_argument(
         "--averages-only", action="store_true", help="from the newest checkpoint's prediction averages, without a model"

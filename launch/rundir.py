@@ -20,11 +20,12 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from adagc_dist.agreement import Stopped, StopReason
+from adagc_dist.agreement import Stopped
 from adagc_dist.board import begin_board, end_board
 from adagc_dist.checkpoint import Checkpoint, CheckpointStore, Position, as_disk_error
 from adagc_dist.comm import Comm, PeerError, first_error_everywhere
 from adagc_dist.config import Config
+from adagc_dist.reasons import StopReason
 from adagc_dist.tracking import (
     ForgivingTracker,
     NullTracker,
@@ -79,6 +80,7 @@ class RunFolder:
         self._lock = RunLock(self._path / _LOCK, f"run.dir={config.run.dir}")
         self._started = time.monotonic()
         self._continued: Position | None = None
+        self._log_handlers: list[logging.Handler] = []
         self.stop_file = self._path / STOP_FILE
         self.checkpoints = CheckpointStore(
             self._path / "checkpoints",
@@ -159,6 +161,8 @@ class RunFolder:
             if not is_lost_peer(error):
                 trainer.checkpoints.linger()
             raise
+        finally:
+            self._end_log()
         if stopped is not None:
             raise stopped
 
@@ -184,7 +188,8 @@ class RunFolder:
             self.stop_file.unlink(missing_ok=True)
             moment = trainer.moment
             trainer.tracker.status("stopped", reason=reason.value, epoch=moment.epoch, step=moment.step)
-            log.info("stopped at step %d: %s. The same command goes on from here", moment.step, reason.value)
+            how = "With more of them it" if reason is StopReason.EPOCHS else "The same command"
+            log.info("stopped at step %d: %s. %s goes on from here", moment.step, reason.value, how)
         trainer.tracker.close()
 
     def _failed(self, trainer: Trainer, error: Exception) -> None:
@@ -254,7 +259,13 @@ class RunFolder:
             )
 
     def _check_same_run(self) -> None:
-        saved, wanted = flatten(load_config(self._path / "config.yaml")), flatten(self._config)
+        there = load_config(self._path / "config.yaml")
+        saved, wanted = flatten(there), flatten(self._config)
+        latest = self.checkpoints.latest()
+        if latest is not None:  # what is yet to come may be changed
+            done = latest.position.epoch - (latest.position.step == 0)
+            for config, flat in ((there, saved), (self._config, wanted)):
+                flat["schedule.changes"] = _until(done, config)
         differing = [
             f"{key}: {saved[key]!r} there, {wanted[key]!r} here"
             for key in wanted
@@ -276,6 +287,20 @@ class RunFolder:
         logging.basicConfig(
             level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
         )
+        self._log_handlers = handlers
+
+    def _end_log(self) -> None:
+        """What this process says from now on is not this run's."""
+        root = logging.getLogger()
+        root.setLevel(logging.WARNING)  # as it is where nobody has set it
+        for handler in self._log_handlers:
+            root.removeHandler(handler)
+            handler.close()
+
+
+def _until(epoch: int, config: Config) -> dict[int, dict[str, float]]:
+    """The changes that the epochs up to this one have seen."""
+    return {start: changes for start, changes in config.schedule.changes.items() if start <= epoch}
 
 
 class _LogFile(logging.FileHandler):

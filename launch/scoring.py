@@ -108,4 +108,5 @@ def stored_thresholds(run: Path, config: Config, teacher: Teacher) -> dict[str, 
 
 def _origin(config: Config, teacher: Teacher) -> dict[str, Any]:
     """What thresholds follow from, but for the shards."""
-    return {"teacher": teacher.digest, "spml.policy": config.spml.policy, "spml.seed": config.spml.seed}
+    spml = config.spml
+    return {"teacher": teacher.digest, "spml.policy": spml.policy, "spml.seed": spml.seed, "spml.file": spml.file}

@@ -72,11 +72,14 @@ def check(config: Config, world_size: int) -> None:
     """What can be known before ranks are started.
 
     Raises:
-        FileNotFoundError, ValueError: the shards, the bands, the global batch or DeepSpeed's settings do not fit.
+        FileNotFoundError, ValueError: the method's numbers, the shards, the bands, the global batch or DeepSpeed's
+            settings do not fit.
     """
+    from adagc_dist.methods import baseline_settings
     from launch.data import Shards, make_plan
     from launch.engines.deepspeed_settings import deepspeed_settings
 
+    baseline_settings(config.method)
     if config.engine.name == "deepspeed":
         deepspeed_settings(config, world_size)
     make_plan(Shards.open(config), world_size, 0)

@@ -245,7 +245,7 @@ def _shown(store: PredictionStore | None, comm: Comm) -> Drawn:
     scores = Scores(rng.random((40, 3), dtype=np.float32), np.ones(40, dtype=bool))
     table = load_like(labels_NC)
     details = Details(scores, np.array([0.5, np.nan, 0.1]), np.array([0.5, 0.6, 0.7]), np.full(3, 0.5))
-    validation = Validation(0.3, [], 0.4, 0.5, 0.6, 1.5, details)
+    validation = Validation(0.3, [], 0.4, 0.5, 0.6, 1.5, details=details)
     drawn = Drawn()
     board = Board(["a", "b", "c"], table, labels_NC, None, lambda epoch: True, comm)
     board.show(drawn, validation, Meter(torch.device("cpu"), comm, 3), store, epoch=0, step=9, trigger_map=None)

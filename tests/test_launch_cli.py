@@ -31,7 +31,7 @@ def test_an_unknown_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -
     assert "usage: adagc COMMAND" in told.err
 
 
-@pytest.mark.parametrize("command", ["synth", "shard", "doctor", "train", "tune", "recover", "predict", "evaluate"])
+@pytest.mark.parametrize("command", cli._COMMANDS)
 def test_the_help_of_every_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])

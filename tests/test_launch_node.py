@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,15 +14,10 @@ import pytest
 from launch.cluster.postmortem import explain
 from launch.cluster.ranklogs import NodeRecord, read_records, tail_of
 from launch.failure import EXIT_LOST_PEER, exit_code
+from tests.slurm.network import free_port
 from tests.test_launch_stop import wait_until
 
 HOSTS = ("n1", "n2")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from adagc_dist.agreement import StopReason
+from adagc_dist.reasons import StopReason
 from launch.cluster.requeue import End, Limits, Start, StartLog, Verdict, decide
 
 STOPPED = {"state": "stopped", "reason": "SIGUSR1"}
@@ -18,7 +18,7 @@ def verdict(code: int, status: dict[str, Any], *, restarts: int = 0, idle: int =
     return decide(End(code, status), restarts=restarts, idle=idle, limits=Limits(restarts=5, idle=3))
 
 
-@pytest.mark.parametrize("reason", [reason for reason in StopReason if reason is not StopReason.FILE])
+@pytest.mark.parametrize("reason", [*(set(StopReason) - {StopReason.FILE, StopReason.EPOCHS})])
 def test_what_slurm_or_a_clock_has_stopped_goes_on(reason: StopReason) -> None:
     found = verdict(75, {"state": "stopped", "reason": reason.value})
     assert found.requeue
@@ -31,6 +31,7 @@ def test_what_slurm_or_a_clock_has_stopped_goes_on(reason: StopReason) -> None:
     [
         (0, {"state": "finished"}, "finished"),
         (75, {"state": "stopped", "reason": StopReason.FILE.value}, "submit it again"),
+        (75, {"state": "stopped", "reason": StopReason.EPOCHS.value}, "submit it again"),
         (1, ERROR, "a shard is damaged"),
         (1, {}, "before it trained"),
     ],

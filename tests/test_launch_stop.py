@@ -22,10 +22,10 @@ import pytest
 import launch.build
 import launch.stop
 import launch.train
-from adagc_dist.agreement import StopReason
 from adagc_dist.checkpoint import CheckpointStore
 from adagc_dist.config import Config
 from adagc_dist.predict import SplitScorer
+from adagc_dist.reasons import StopReason
 from adagc_dist.store import RowStore
 from adagc_dist.trainer import Trainer
 from launch.stop import STOP_FILE, StopWatcher

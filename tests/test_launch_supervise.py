@@ -19,8 +19,9 @@ import launch.train
 from adagc_dist.tracking import write_json
 from launch.stop import STOP_FILE
 from launch.supervise import EXIT_STOPPED, supervise
+from tests.processes import kill, with_environment
 from tests.ranks import Ranks
-from tests.test_launch_stop import LOADED, Run, at_step, do_nothing, hang, in_a_rank, lives, note_workers, wait_until
+from tests.test_launch_stop import LOADED, Run, at_step, do_nothing, hang, in_a_rank, note_workers, wait_until
 from tests.test_training import status_of
 
 # The supervisor alone: ranks() is a function
@@ -187,17 +188,10 @@ class Command:
 
     def left(self) -> list[int]:
         """The processes of this command that are still there, however they are related to it."""
-        return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self._owns(pid) and lives(pid)]
-
-    def _owns(self, pid: int) -> bool:
-        try:
-            return self.mark.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:
-            return False
+        return with_environment(self.mark)
 
     def end(self) -> None:
-        for pid in self.left():
-            os.kill(pid, signal.SIGKILL)
+        kill(*self.left())
         self.process.wait()
 
 

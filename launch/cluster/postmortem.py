@@ -1,5 +1,6 @@
 """Who failed first, and what it said: from what the nodes of one start have left behind."""
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from launch.spawn import describe_end
 
 __all__ = ["explain"]
 
-_CONSEQUENCES = (EXIT_LOST_PEER, -15)  # of another's end: its peers miss it, srun and torchrun end the rest
+_CONSEQUENCES = (EXIT_LOST_PEER, -signal.SIGTERM)  # of another's end: its peers miss it, srun and torchrun end the rest
 
 
 def explain(folder: Path, hosts: Sequence[str]) -> str:

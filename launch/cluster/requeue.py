@@ -1,18 +1,18 @@
 """Whether a job goes back into the queue when its ranks have ended: a pure function, and the record it looks at."""
 
-import json
-import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from adagc_dist.reasons import StopReason
+from adagc_dist.tracking import add_line, read_lines
+from launch.cluster.slurm import JobControl
+from launch.supervise import EXIT_STOPPED
 
-__all__ = ["End", "Limits", "Start", "StartLog", "Verdict", "decide"]
+__all__ = ["End", "Limits", "Start", "StartLog", "Verdict", "confirmed", "decide"]
 
-_BY_A_PERSON = StopReason.FILE.value
+_AS_ASKED = (StopReason.FILE.value, StopReason.EPOCHS.value)
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,12 @@ class End:
         code: of the supervisor: 0, 75 stopped, above 128 ended by a signal before there was anything to save, else
             failed.
         status: the run's status.json, if this start has written it.
+        loss: what code 1 means where the status knows of no error.
     """
 
     code: int
     status: Mapping[str, object]
+    loss: str = "lost a rank or a node"
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,13 @@ def decide(end: End, *, restarts: int, idle: int, limits: Limits) -> Verdict:
     told, state = str(end.status.get("reason", "")), end.status.get("state")
     if end.code == 0 and state == "finished":
         return Verdict(False, 0, "finished")
-    if end.code == 75 and told == _BY_A_PERSON:
-        return Verdict(False, 75, f"stopped by {told}; submit it again to go on")
+    if end.code == EXIT_STOPPED and told in _AS_ASKED:
+        return Verdict(False, EXIT_STOPPED, f"stopped by {told}; submit it again to go on")
     if end.code == 1 and not end.status and not restarts:
         return Verdict(False, 1, "failed before it trained: the cause is above")
     if end.code == 1 and state == "failed" and end.status.get("cause") != "lost":
         return Verdict(False, 1, f"failed, and would fail again: {told}")
-    code, why = end.code or 75, _why(end)
+    code, why = end.code or EXIT_STOPPED, _why(end)
     if restarts >= limits.restarts:
         return Verdict(False, code, f"{why}; not requeued: {restarts} restarts are the limit")
     if idle >= limits.idle:
@@ -77,12 +79,20 @@ def decide(end: End, *, restarts: int, idle: int, limits: Limits) -> Verdict:
     return Verdict(True, code, f"{why}; requeued, restart {restarts + 1} of at most {limits.restarts}")
 
 
+def confirmed(verdict: Verdict, control: JobControl) -> Verdict:
+    """``verdict``, unless Slurm is ending the job itself, and will requeue it or not."""
+    if not verdict.requeue or (state := control.state()) in ("RUNNING", "UNKNOWN"):
+        return verdict
+    why = f"{verdict.why.partition('; ')[0]}; left to Slurm, for which the job is {state} by now"
+    return replace(verdict, requeue=False, why=why)
+
+
 def _why(end: End) -> str:
     """For an end after which the same command may go on."""
-    if end.code == 75:
+    if end.code == EXIT_STOPPED:
         return f"stopped ({end.status.get('reason', '')}) and saved"
     if end.code == 1:  # of a job that has been accepted before: nodes that are not fit, or do not meet
-        return "lost a rank or a node" if end.status else "failed before it could go on"
+        return end.loss if end.status else "failed before it could go on"
     return "ended before it could save" if end.code else "ended without a word on how"  # a disk that took none
 
 
@@ -92,7 +102,7 @@ class Start:
 
     Attributes:
         job, restart: Slurm's number, and how often it was requeued.
-        found: [epoch, step] of the newest checkpoint, or None.
+        found: [epoch, step] of the newest checkpoint, or what else tells how far it is; None: nothing is saved.
         hosts: the nodes.
         at: seconds since 1970.
     """
@@ -111,34 +121,18 @@ class StartLog:
         self._path = run / "logs" / "starts.jsonl"
 
     def begin(self, start: Start) -> None:
-        self._add(asdict(start))
+        add_line(self._path, asdict(start))
 
     def end(self, start: Start, verdict: Verdict, reached: list[int] | None) -> None:
-        self._add(
-            {"job": start.job, "restart": start.restart, "reached": reached, "end": verdict.why, "at": time.time()}
-        )
+        line = {"job": start.job, "restart": start.restart, "reached": reached, "end": verdict.why, "at": time.time()}
+        add_line(self._path, line)
 
     def idle(self, job: str, reached: list[int] | None) -> int:
         """Starts of ``job`` in a row, up to the last, that found the run at ``reached``."""
-        starts = [line for line in self._lines() if "found" in line and line["job"] == job]
+        starts = [line for line in read_lines(self._path) if "found" in line and line["job"] == job]
         count = 0
         for line in reversed(starts):
             if line["found"] != reached:
                 break
             count += 1
         return count
-
-    def _lines(self) -> list[dict[str, object]]:
-        lines = []
-        for line in self._path.read_text().splitlines() if self._path.is_file() else ():
-            with suppress(ValueError):  # cut by a kill
-                lines.append(json.loads(line))
-        return lines
-
-    def _add(self, line: Mapping[str, object]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        cut = self._path.is_file() and not self._path.read_bytes().endswith(b"\n")
-        with self._path.open("a") as stream:
-            stream.write("\n" * cut + json.dumps(line) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())

@@ -65,8 +65,10 @@ class Steps:
             clock = threading.Timer(seconds, process.terminate)
             clock.start()
             assert process.stdout is not None
-            yield iter(process.stdout)
-            clock.cancel()
+            try:
+                yield iter(process.stdout)
+            finally:
+                clock.cancel()
 
     def _python(self, module: str, *words: str) -> list[str]:
         return self.allocation.step([*self.python, "-m", module, *words])

@@ -15,6 +15,7 @@ from launch.doctor.compare import Finding, compare
 from launch.doctor.node import Request, examine, host_name
 from launch.doctor.report import NodeReport, collect
 from launch.doctor.table import describe
+from sharding.arguments import make_parser
 
 __all__ = ["Finding", "NodeReport", "collect", "compare", "describe", "main"]
 
@@ -74,12 +75,8 @@ def _write_report(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="adagc doctor",
-        description="Is this machine fit for training: GPUs, network, software, disks, shards? Takes some seconds.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Is this machine fit for training: GPUs, network, software, disks, shards? Takes some seconds."
+    parser = make_parser("adagc doctor", description, _EPILOG)
     parser.add_argument("recipe", nargs="?", help="as in `adagc train`; none: only the machine is looked at")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as in `adagc train`")
     add_ranks(parser)

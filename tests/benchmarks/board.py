@@ -7,6 +7,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def _parts(folder: Path, rows: int) -> dict[str, Callable[[], object]]:
     observed_NC, labels_NC, scores = _scores()
     validator = Validator(None, observed_NC=observed_NC, labels_NC=labels_NC, comm=SoloComm(), seed=0)  # type: ignore[arg-type]
     validation, details = validator._metrics(scores)
-    validation = type(validation)(**{**vars(validation), "details": details})
+    validation = replace(validation, details=details)
     tracker = RunTracker(folder / "run", first_step=0, first_epoch=0)
     tracker.draw(lambda writer: begin_board(writer, {}))
     store, meter = _store(rows), Meter(CPU, SoloComm(), CLASSES)
@@ -74,10 +75,9 @@ def _parts(folder: Path, rows: int) -> dict[str, Callable[[], object]]:
     def steps(losses: Losses) -> Callable[[], object]:
         return lambda: [meter.add(losses, 64) for _ in range(TRAIN // 512)]
 
-    ranked = validator._metrics
-    plain = Losses(*torch.zeros(3), pseudo_counts=counts)
+    plain = Losses(*torch.zeros(3), pseudo_counts=counts, moved=torch.zeros(2))
     return {
-        "validation's means on rank 0 (all of them)": lambda: ranked(scores),
+        "validation's means on rank 0 (all of them)": lambda: validator._metrics(scores),
         _BOARD: show(boards[0]),
         _PICTURES: show(boards[1]),
         "465 steps' sums (all of them)": steps(plain),
