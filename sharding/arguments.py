@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["add_workers", "guarded", "make_parser", "part", "positive", "target"]
+__all__ = ["add_workers", "count", "guarded", "make_parser", "part", "positive", "probability", "target"]
 
 
 def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -19,10 +19,11 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     """``--workers N``: by default the cores that this process may use."""
     cores = len(os.sched_getaffinity(0))
     processes = "processes; 0 works in this one (default: the cores at hand, here %(default)s)"
-    parser.add_argument("--workers", type=_count, default=cores, metavar="N", help=processes)
+    parser.add_argument("--workers", type=count, default=cores, metavar="N", help=processes)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A type of arguments: a whole number, 0 too."""
     return _whole(text, least=0)
 
 
@@ -37,6 +38,17 @@ def part(text: str) -> tuple[int, int]:
     if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is no part: I/N, with I from 0 to N-1, e.g. 0/16 to 15/16")
     return int(first), int(count)
+
+
+def probability(text: str) -> float:
+    """A type of arguments: a number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0.0 <= number <= 1.0:  # which is no number (nan) is not there either
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+    return number
 
 
 def target(text: str) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["IMAGE_NAMES", "RGB", "decode_image", "image_size"]
+__all__ = ["IMAGE_NAMES", "RGB", "check_depth", "decode_image", "image_size"]
 
 IMAGE_NAMES = ("jpg", "jpeg", "png")  # extensions of members that hold encoded images
 RGB = ("R", "G", "B")
@@ -31,6 +31,15 @@ def image_size(data: bytes | bytearray | memoryview) -> tuple[int, int]:
     """
     size: tuple[int, int] = _opened(data, lambda image: image.size[::-1])
     return size
+
+
+def check_depth(data: bytes | bytearray | memoryview) -> None:
+    """
+    Raises:
+        ValueError: a PNG of 16 bits a channel, which Pillow cuts off at 255 without a word.
+    """
+    if data[:4] == b"\x89PNG" and data[24] == 16:  # its header's bit depth
+        raise ValueError("has 16 bits a channel; Pillow would cut them off at 255: store it as HDF5")
 
 
 def _opened(data: bytes | bytearray | memoryview, use: Callable[[Any], Any]) -> Any:

@@ -75,8 +75,10 @@ def _results(futures: Iterator[Future[Result]], ahead: int | None, poll: Callabl
 
 
 def _prepare_worker() -> None:
-    """Die with the parent, and at once on Ctrl-C (the parent reports it, one traceback per worker would bury that)."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Die with the parent, which ends its workers on Ctrl-C: were they to go by themselves, it might hear of that first
+    and take them for lost.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adagc_dist.agreement import StopReason
 from adagc_dist.checkpoint import Position
+from adagc_dist.reasons import StopReason
 from adagc_dist.store import PredictionStore
 from adagc_dist.trainer import Trainer
 from launch.engines.ddp import DdpEngine

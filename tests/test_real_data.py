@@ -30,7 +30,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(
     ("tree", "policy", "global_batch"),
-    [("reben_mini", "random", 5), ("reben_composites", "random", 16), ("reben_composites", "dominant", 16)],
+    [
+        ("reben_mini", "random", 5),
+        pytest.param("reben_composites", "random", 16, marks=pytest.mark.long),
+        ("reben_composites", "dominant", 16),
+    ],
 )
 def test_two_epochs_on_two_ranks(
     tree: str, policy: str, global_batch: int, shards: dict[str, Path], tmp_path: Path

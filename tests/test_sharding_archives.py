@@ -10,10 +10,8 @@ import random
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from sharding.sources.protocol import PatchError
 from sharding.sources.tarstream import ArchiveError, find_archive
 from sharding.synthetic.tree import write_tree
 from sharding.writer import Outcome, write_shards
+from tests.held import arrived, running, shards_in, wait_for
 from tests.readback import digests
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -88,12 +87,6 @@ def from_archives(folder: Path, out: Path, *, workers: int = 0, skip: bool = Fal
 
 def from_tree(tree: Path, out: Path, *, skip: bool = False) -> Outcome:
     return write_shards(RebenTree(tree), out, samples_per_shard=5, workers=0, skip=skip)
-
-
-def arrived(out: Path) -> int:
-    """Files that a killed run had saved."""
-    path = out / ".partial" / "staged" / "arrived.npy"
-    return int(np.count_nonzero(np.load(path)["digest"])) if path.exists() else 0
 
 
 @pytest.fixture
@@ -550,21 +543,21 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from sharding.sources import archives
-from sharding.sources.archives import RebenArchives
 from sharding.sources.tarstream import Archive
 from sharding.writer import write_shards
-if __name__ == "__main__":
-    folder, out, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
-    read = Archive.files
-    def slowly(*arguments):
-        for file in read(*arguments):
-            time.sleep(pause)
-            yield file
-    Archive.files = slowly
-    if pause:  # killed before the first shard: no need to wait for what writes shards (torch: seconds)
-        archives._PRELOAD = ("sharding.sources.staging",)
-    source = RebenArchives(folder, out / ".partial" / "staged", save_seconds=0.0)
-    write_shards(source, out, samples_per_shard=5, workers=2, staging=source)
+from tests.held import HeldArchives, arrived
+folder, out, files, shards = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+read = Archive.files
+def until(*arguments):
+    for file in read(*arguments):
+        while arrived(out) >= files: time.sleep(0.01)
+        yield file
+if not shards:  # killed before the first: no need to wait for what writes them (torch: seconds)
+    Archive.files = until
+    archives._PRELOAD = ("sharding.sources.staging",)
+    archives._BUNDLE_BYTES = 1 << 17  # more of them than are read ahead
+source = HeldArchives(folder, out / ".partial" / "staged", save_seconds=0.0, out=out, shards=shards)
+write_shards(source, out, samples_per_shard=5, workers=2, staging=source)
 """
 
 
@@ -578,16 +571,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
 
 
 def killed_when(
-    folder: Path, out: Path, condition: Callable[[], bool], *, whole_group: bool = True, pause: float = 0.002
+    folder: Path, out: Path, condition: Callable[[], bool], *, files: int = 0, shards: int = 0, whole_group: bool = True
 ) -> None:
-    """Start a run, with a pause after each file so that the moment is met, and kill it."""
-    argv = [sys.executable, "-c", SCRIPT, str(folder), str(out), str(pause)]
-    with subprocess.Popen(argv, start_new_session=True, stderr=subprocess.PIPE) as process:
-        end = time.monotonic() + 60
-        while not condition():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < end
-            time.sleep(0.002)
+    """Start a run that stands still where so many shards are written, or, with none, files saved; and kill it."""
+    argv = [sys.executable, "-c", SCRIPT, str(folder), str(out), str(files), str(shards)]
+    with running(argv) as process:
+        wait_for(process, condition)
         if whole_group:
             os.killpg(process.pid, signal.SIGKILL)
         else:
@@ -600,9 +589,9 @@ def test_sigkill_at_any_moment_then_the_same_bytes(
     folder, expected = large
     out = tmp_path / "out"
     killed_when(folder, out, (out / ".partial").exists)
-    killed_when(folder, out, lambda: arrived(out) > 0)
+    killed_when(folder, out, lambda: arrived(out) > 0, files=1)
     first = arrived(out)
-    killed_when(folder, out, lambda: arrived(out) > first, whole_group=False)
+    killed_when(folder, out, lambda: arrived(out) > first, files=first + 1, whole_group=False)
     second = arrived(out)
     assert 0 < first < second < LARGE * 13
     from_archives(folder, out)
@@ -613,7 +602,7 @@ def test_sigkill_at_any_moment_then_the_same_bytes(
 def test_sigkill_among_the_shards(large: tuple[Path, dict[str, str]], tmp_path: Path, decoded: list[str]) -> None:
     folder, expected = large
     out = tmp_path / "out"
-    killed_when(folder, out, lambda: len(list(out.glob("*.tar"))) >= 3, pause=0.0)
+    killed_when(folder, out, lambda: shards_in(out) >= 3, shards=3)
     from_archives(folder, out)
     assert decoded == []
     assert digests(out) == expected

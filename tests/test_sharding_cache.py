@@ -17,14 +17,14 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
 import xxhash
 
 from sharding.cache import FetchError, ShardCache, cache_folder, is_url, mirror_manifest
 from sharding.manifest import Shard, load_manifest, load_table
-from sharding.rng import derive_rng
 from tests.http_server import Faults, ShardServer
+from tests.processes import wait_until
+from tests.tiny import write_shard
 
 # from Python 3.12 on, forking beside the server's threads warns; it is what these tests are about
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -33,17 +33,9 @@ BLOCK = 1 << 16
 SIZE = 3 * BLOCK + 1234
 
 
-def _write(folder: Path, number: int, version: int = 0) -> Shard:
-    data = derive_rng(version, "shard", number).integers(0, 256, SIZE, dtype=np.uint8).tobytes()
-    name = f"train-{number:06d}.tar"
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_bytes(data)
-    return Shard(name, "train", 1, SIZE, xxhash.xxh3_128_hexdigest(data))
-
-
 @pytest.fixture
 def shards(tmp_path: Path) -> list[Shard]:
-    return [_write(tmp_path / "origin", number) for number in range(4)]
+    return [write_shard(tmp_path / "origin", number, SIZE) for number in range(4)]
 
 
 @pytest.fixture
@@ -75,13 +67,6 @@ def _here(cache: ShardCache) -> list[int]:
 
 def _partials(cache: ShardCache) -> list[Path]:
     return list((cache.folder / ".fetch").glob("*.partial"))
-
-
-def _wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.01)
 
 
 def _age(cache: ShardCache, shard: Shard, seconds: float) -> None:
@@ -205,14 +190,14 @@ def test_dataloader_workers_fetch_after_a_fork(cache: ShardCache, server: ShardS
 def test_a_fork_in_the_middle_of_staging(cache: ShardCache, server: ShardServer, shards: list[Shard]) -> None:
     server.faults = Faults(rate=2e5)
     cache.stage(shards[:1])
-    _wait_until(lambda: server.sent[shards[0].name] > 0)
+    wait_until(lambda: server.sent[shards[0].name] > 0)
     server.faults = Faults()
     read_end, write_end = os.pipe()
     if not (child := os.fork()):
         try:  # the parent's thread is not here, the descriptor of its lock is
             os.close(write_end)
             cache.stage(shards[1:2])
-            _wait_until(lambda: _here(cache) == [1])
+            wait_until(lambda: _here(cache) == [1])
             right = _is_right(cache, shards[2]) and _is_right(cache, shards[1])
             os.read(read_end, 1)  # until the parent is through
             os._exit(0 if right else 1)
@@ -231,7 +216,7 @@ def test_a_killed_download_is_taken_over(cache: ShardCache, server: ShardServer,
     server.faults = Faults(rate=2e5)
     child = multiprocessing.get_context("fork").Process(target=_is_right, args=(cache, shards[0]))
     child.start()
-    _wait_until(lambda: server.sent[shards[0].name] > 0)
+    wait_until(lambda: server.sent[shards[0].name] > 0)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(_is_right, cache, shards[0])
         time.sleep(0.05)
@@ -264,7 +249,7 @@ def test_those_who_waited_share_the_failure(cache: ShardCache, server: ShardServ
 
 def test_another_version_of_a_shard_is_not_taken_for_it(cache: ShardCache, tmp_path: Path, shards: list[Shard]) -> None:
     assert _is_right(cache, shards[0])
-    newer = _write(tmp_path / "origin", 0, version=1)
+    newer = write_shard(tmp_path / "origin", 0, SIZE, version=1)
     assert (newer.name, newer.bytes) == (shards[0].name, shards[0].bytes)
     cache.limit_bytes = SIZE  # the old version makes way
     assert _is_right(cache, newer)
@@ -323,9 +308,9 @@ def test_processes_keep_the_limit_together(cache: ShardCache, server: ShardServe
 def test_stages_in_order(cache: ShardCache, server: ShardServer, shards: list[Shard]) -> None:
     order = [shards[number] for number in (2, 0, 3, 1)]
     cache.stage(order)
-    _wait_until(lambda: _here(cache) == [0, 1, 2, 3])
+    wait_until(lambda: _here(cache) == [0, 1, 2, 3])
     assert list(server.requests) == [shard.name for shard in order]
-    _wait_until(lambda: not _partials(cache))
+    wait_until(lambda: not _partials(cache))
     assert all(_is_right(cache, shard) for shard in order)
     assert set(server.requests.values()) == {4}
 
@@ -333,9 +318,9 @@ def test_stages_in_order(cache: ShardCache, server: ShardServer, shards: list[Sh
 def test_the_newest_list_replaces_the_one_before(cache: ShardCache, server: ShardServer, shards: list[Shard]) -> None:
     server.faults = Faults(latency=0.05)
     cache.stage([shards[0], shards[1]])
-    _wait_until(lambda: server.requests[shards[0].name] > 0)
+    wait_until(lambda: server.requests[shards[0].name] > 0)
     cache.stage([shards[2]])
-    _wait_until(lambda: _here(cache) == [0, 2])
+    wait_until(lambda: _here(cache) == [0, 2])
     assert shards[1].name not in server.requests
     assert pickle.loads(pickle.dumps(cache)) == cache
 
@@ -345,14 +330,14 @@ def test_staging_passes_over_what_others_fetch(cache: ShardCache, server: ShardS
     with (cache.folder / ".fetch" / f"{shards[0].name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         cache.stage(shards[:2])
-        _wait_until(lambda: _here(cache) == [1, 3])
+        wait_until(lambda: _here(cache) == [1, 3])
     assert shards[0].name not in server.requests
 
 
 def test_staging_goes_on_after_a_shard_that_fails(cache: ShardCache, server: ShardServer, shards: list[Shard]) -> None:
     server.faults = Faults(status=404, only=shards[0].name)
     cache.stage(shards[:2])
-    _wait_until(lambda: _here(cache) == [1])
+    wait_until(lambda: _here(cache) == [1])
 
 
 def test_what_is_staged_is_evicted_last(cache: ShardCache, shards: list[Shard]) -> None:
@@ -370,7 +355,7 @@ def test_staging_takes_the_room_of_old_shards_only(cache: ShardCache, server: Sh
     cache.limit_bytes = 2 * SIZE
     cache.path(shards[3])
     cache.stage(shards[:3])
-    _wait_until(lambda: _here(cache) == [0, 1])
+    wait_until(lambda: _here(cache) == [0, 1])
     time.sleep(0.1)
     assert shards[2].name not in server.requests
     assert _is_right(cache, shards[2])  # who needs it gets it
@@ -439,7 +424,7 @@ def test_names_that_lead_elsewhere(name: str, cache: ShardCache) -> None:
 
 def test_names_in_folders_and_with_signs(cache: ShardCache, tmp_path: Path) -> None:
     (tmp_path / "origin" / "a b").mkdir()
-    shard = _write(tmp_path / "origin" / "a b", 9)
+    shard = write_shard(tmp_path / "origin" / "a b", 9, SIZE)
     named = Shard(f"a b/{shard.name}", "train", 1, SIZE, shard.digest)
     assert _is_right(cache, named)
     assert _is_right(cache, named)

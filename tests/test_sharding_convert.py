@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,9 +19,8 @@ from sharding.convert import shard, synth
 from sharding.sources.geotiff import RebenTree
 from sharding.synthetic.tree import write_tree
 from sharding.writer import write_shards
+from tests.held import held_command, running, shards_in, wait_for
 from tests.readback import digests
-
-COMMAND = "import sys; from sharding.convert import shard; sys.exit(shard(sys.argv[1:]))"
 
 
 @pytest.fixture(scope="module")
@@ -187,21 +187,13 @@ def test_commands_import_little() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
-# What follows kills real processes. Each started process leads a group of its own, which all its workers belong to.
+# What follows kills real processes.
 
 
-def start(tree: Path, out: Path, *, workers: int = 2) -> subprocess.Popen[str]:
-    arguments = ["reben", "--root", str(tree), "--out", str(out), "--workers", str(workers), "--samples-per-shard", "5"]
-    argv = [sys.executable, "-c", COMMAND, *arguments]
-    return subprocess.Popen(argv, start_new_session=True, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-
-
-def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.002)
+def start(tree: Path, out: Path, *, shards: int) -> AbstractContextManager[subprocess.Popen[str]]:
+    """It stands still when so many shards are there."""
+    arguments = ["reben", "--root", str(tree), "--out", str(out), "--workers", "2", "--samples-per-shard", "5"]
+    return running(held_command(out, shards, arguments))
 
 
 def members_of_group(leader: int) -> dict[int, int]:
@@ -217,18 +209,14 @@ def members_of_group(leader: int) -> dict[int, int]:
     return found
 
 
-def shards_in(out: Path) -> int:
-    return len(list(out.glob("*.tar")))
-
-
 def test_sigkill_at_any_moment_then_the_same_bytes(whole_tree: Path, tmp_path: Path) -> None:
     expected, out = tmp_path / "expected", tmp_path / "shards"
     write_shards(RebenTree(whole_tree), expected, samples_per_shard=5, workers=0)
-    with start(whole_tree, out) as process:
+    with start(whole_tree, out, shards=0) as process:
         wait_for(process, lambda: any((out / ".partial").glob("*.tar.*")))  # within the first shard
         os.killpg(process.pid, signal.SIGKILL)
     check_unfinished(out, expected)
-    with start(whole_tree, out) as process:
+    with start(whole_tree, out, shards=3) as process:
         wait_for(process, lambda: shards_in(out) >= 3)
         process.kill()  # the parent alone: its workers have to notice
         end = time.monotonic() + 30
@@ -236,7 +224,7 @@ def test_sigkill_at_any_moment_then_the_same_bytes(whole_tree: Path, tmp_path: P
             time.sleep(0.02)
         assert not members_of_group(process.pid)
     check_unfinished(out, expected)
-    with start(whole_tree, out) as process:
+    with start(whole_tree, out, shards=12) as process:
         wait_for(process, lambda: shards_in(out) >= 12)
         os.killpg(process.pid, signal.SIGKILL)
     check_unfinished(out, expected)
@@ -253,7 +241,7 @@ def check_unfinished(out: Path, expected: Path) -> None:
 
 def test_a_worker_that_dies_is_an_error(whole_tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with start(whole_tree, out) as process:
+    with start(whole_tree, out, shards=1) as process:
         wait_for(process, lambda: shards_in(out) >= 1)
         # the workers are children of the fork server, which is a child of the process itself
         workers = [pid for pid, parent in members_of_group(process.pid).items() if parent != process.pid]
@@ -266,7 +254,7 @@ def test_a_worker_that_dies_is_an_error(whole_tree: Path, tmp_path: Path) -> Non
 
 
 def test_interrupt_ends_soon(whole_tree: Path, tmp_path: Path) -> None:
-    with start(whole_tree, tmp_path / "out") as process:
+    with start(whole_tree, tmp_path / "out", shards=1) as process:
         wait_for(process, lambda: shards_in(tmp_path / "out") >= 1)
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=30)

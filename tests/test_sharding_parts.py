@@ -5,9 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from sharding.sources.geotiff import RebenTree
 from sharding.sources.protocol import PatchError
 from sharding.synthetic.tree import write_tree
 from sharding.writer import Outcome, PartDone, write_part, write_shards
+from tests.held import held_command, let_go, running, wait_for
 from tests.readback import digests
 from tests.test_sharding_partial import break_band
 
@@ -51,23 +51,10 @@ def arguments(tree: Path, out: Path, *more: str, workers: int = 0) -> list[str]:
     return [*asked, "--workers", str(workers), *more]
 
 
-def start(tree: Path, out: Path, part: str, *, workers: int = 0) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-c", COMMAND, *arguments(tree, out, "--part", part, workers=workers)]
-    return subprocess.Popen(argv, start_new_session=True, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-
-
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code and all that it printed."""
     output, errors = process.communicate(timeout=60)
     return process.returncode, output + errors
-
-
-def wait_for(process: subprocess.Popen[str], condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def write(tree: Path, out: Path, number: int, count: int, *, seed: int = 0) -> Outcome | PartDone:
@@ -75,7 +62,10 @@ def write(tree: Path, out: Path, number: int, count: int, *, seed: int = 0) -> O
 
 
 def test_three_at_once(tree: Path, expected: dict[str, str], tmp_path: Path) -> None:
-    told = [ended(process) for process in [start(tree, tmp_path / "out", f"{number}/3") for number in range(3)]]
+    command = [sys.executable, "-c", COMMAND, *arguments(tree, tmp_path / "out")]
+    with ExitStack() as stack:
+        parts = [stack.enter_context(running([*command, "--part", f"{number}/3"])) for number in range(3)]
+        told = [ended(process) for process in parts]
     assert [code for code, _ in told] == [0, 0, 0]
     assert digests(tmp_path / "out") == expected
     assert any("60 patches (train " in text for _, text in told)
@@ -109,19 +99,21 @@ def test_a_killed_part_goes_on_beside_others(tree: Path, expected: dict[str, str
     def under_way(number: int) -> list[Path]:
         return list((out / ".partial" / f"part-{number}-of-3").glob("*.tar.*"))
 
-    killed, stopped = (start(tree, out, f"{number}/3", workers=1) for number in (0, 1))
-    for number, process in enumerate((killed, stopped)):
-        wait_for(process, partial(under_way, number))
-        os.killpg(process.pid, signal.SIGKILL if process is killed else signal.SIGSTOP)
-    killed.communicate()
-    stale, others = under_way(0), under_way(1)
-    done = write(tree, out, 0, 3)
-    assert isinstance(done, PartDone)
-    assert done.written > 0
-    assert not any(path.exists() for path in stale)
-    assert under_way(1) == others  # those of a part at work are left to it
-    os.killpg(stopped.pid, signal.SIGCONT)
-    code, told = ended(stopped)
+    commands = [held_command(out, 0, arguments(tree, out, "--part", f"{n}/3", workers=1)) for n in (0, 1)]
+    with running(commands[0]) as killed, running(commands[1]) as stopped:
+        for number, process in enumerate((killed, stopped)):
+            wait_for(process, partial(under_way, number))
+            os.killpg(process.pid, signal.SIGKILL if process is killed else signal.SIGSTOP)
+        killed.communicate()
+        stale, others = under_way(0), under_way(1)
+        done = write(tree, out, 0, 3)
+        assert isinstance(done, PartDone)
+        assert done.written > 0
+        assert not any(path.exists() for path in stale)
+        assert under_way(1) == others  # those of a part at work are left to it
+        let_go(out)
+        os.killpg(stopped.pid, signal.SIGCONT)
+        code, told = ended(stopped)
     assert code == 0, told
     assert "shards of other parts are to come" in told
     assert isinstance(write(tree, out, 2, 3), Outcome)
@@ -149,13 +141,13 @@ def test_the_last_two_end_at_the_same_moment(tree: Path, expected: dict[str, str
     )
     outs = tmp_path / "out-OUT"
     argv = [sys.executable, "-c", code, str(ready), str(go), *arguments(tree, outs)]
-    both = [subprocess.Popen([*argv, "--part", f"{number}/2"], text=True, stderr=subprocess.PIPE) for number in (0, 1)]
-    for number in range(5):
-        wait_for(both[0], lambda number=number: len(list(tmp_path.glob(f"ready{number}.*"))) == 2)
-        (tmp_path / f"go{number}").touch()
-    for process in both:
-        assert process.wait(60) == 0, process.communicate()
-        process.communicate()
+    with running([*argv, "--part", "0/2"]) as first, running([*argv, "--part", "1/2"]) as second:
+        for number in range(5):
+            wait_for(first, lambda number=number: len(list(tmp_path.glob(f"ready{number}.*"))) == 2)
+            (tmp_path / f"go{number}").touch()
+        for process in (first, second):
+            code, told = ended(process)
+            assert code == 0, told
     for number in range(5):
         assert digests(tmp_path / f"out-{number}") == expected
         assert not (tmp_path / f"out-{number}" / ".partial").exists()

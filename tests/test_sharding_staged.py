@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import pytest
 import torch
 import xxhash
@@ -29,10 +28,10 @@ from sharding.loader import ShardLoader
 from sharding.manifest import Shard, load_manifest, load_table
 from sharding.plan import plan_epoch
 from sharding.reader import PatchReader, ReadError, select_bands
-from sharding.rng import derive_rng
 from sharding.staged import SequentialCopy, StagedFiles
+from tests.processes import wait_until
 from tests.ranks import run_ranks
-from tests.tiny import read_batch, slot_of, tiny_config, tiny_settings
+from tests.tiny import read_batch, slot_of, tiny_config, tiny_settings, write_shard
 
 # from Python 3.12 on, forking beside a staging thread warns; workers do it
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -64,17 +63,9 @@ class NotedCopy:
         return [(name, int(count)) for name, count in map(str.split, lines)]
 
 
-def _write(folder: Path, number: int, version: int = 0) -> Shard:
-    data = derive_rng(version, "shard", number).integers(0, 256, SIZE, dtype=np.uint8).tobytes()
-    name = f"train-{number:06d}.tar"
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_bytes(data)
-    return Shard(name, "train", 1, SIZE, xxhash.xxh3_128_hexdigest(data))
-
-
 @pytest.fixture
 def shards(tmp_path: Path) -> list[Shard]:
-    return [_write(tmp_path / "origin", number) for number in range(6)]
+    return [write_shard(tmp_path / "origin", number, SIZE) for number in range(6)]
 
 
 @pytest.fixture
@@ -102,17 +93,10 @@ def _copies(files: StagedFiles, shards: list[Shard]) -> list[int]:
     return [number for number, shard in enumerate(shards) if _is_copy(files, shard)]
 
 
-def _wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.01)
-
-
 def _stage_and_wait(files: StagedFiles, shards: list[Shard]) -> None:
     """At module level for child processes."""
     files.stage(shards)
-    _wait_until(lambda: len(_copies(files, shards)) == len(shards))
+    wait_until(lambda: len(_copies(files, shards)) == len(shards))
 
 
 def _start(function: Callable[..., None], *args: object) -> multiprocessing.process.BaseProcess:
@@ -127,18 +111,18 @@ def test_a_shard_is_read_where_it_lies_until_its_copy_is_there(
     files = _files(tmp_path, NotedCopy(notes.notes, wait=0.1))  # 0.6 s a shard
     files.stage(shards[:2])
     assert _copies(files, shards) == []  # nobody waited
-    _wait_until(lambda: _copies(files, shards) == [0])
-    _wait_until(lambda: _copies(files, shards) == [0, 1])
+    wait_until(lambda: _copies(files, shards) == [0])
+    wait_until(lambda: _copies(files, shards) == [0, 1])
     assert files.name(shards[0].name) == str(tmp_path / "origin" / shards[0].name)
 
 
 def test_the_next_window_is_there_before_it_is_needed(tmp_path: Path, shards: list[Shard], notes: NotedCopy) -> None:
     files = _files(tmp_path, NotedCopy(notes.notes, wait=0.005))
     files.stage(shards[:4])  # windows of two shards
-    _wait_until(lambda: _copies(files, shards) == [0, 1, 2, 3])
+    wait_until(lambda: _copies(files, shards) == [0, 1, 2, 3])
     files.stage(shards[2:6])
     assert all(_is_copy(files, shard) for shard in shards[2:4])
-    _wait_until(lambda: _copies(files, shards) == [0, 1, 2, 3, 4, 5])
+    wait_until(lambda: _copies(files, shards) == [0, 1, 2, 3, 4, 5])
 
 
 def test_processes_of_a_node_read_the_origin_once_and_one_shard_after_the_other(
@@ -166,7 +150,7 @@ def test_what_is_read_is_what_lies_there(tiny_shards: Path, tmp_path: Path) -> N
         )
         read.append([[group.clone() for group in batch.groups] for batch in loader.read(plan.slots(0), plan.staged)])
         if source is files:
-            _wait_until(lambda: _is_copy(files, last))
+            wait_until(lambda: _is_copy(files, last))
     for direct, *staged in zip(*read, strict=True):
         assert all(torch.equal(a, b) for groups in staged for a, b in zip(direct, groups, strict=True))
 
@@ -187,7 +171,7 @@ def test_a_copy_that_is_not_the_shard_is_replaced(
     elif damage == "longer":
         os.truncate(copy, SIZE + 1)
     else:
-        wanted = _write(tmp_path / "origin", 0, version=1)
+        wanted = write_shard(tmp_path / "origin", 0, SIZE, version=1)
     assert not _is_copy(files, wanted)  # but the bytes are right
     _stage_and_wait(files, [wanted])
     assert copy.read_bytes() == (tmp_path / "origin" / wanted.name).read_bytes()
@@ -234,7 +218,7 @@ def test_damage_at_the_origin_stays_the_reader_s_to_report(
     reader.stage([0, 1])
     second = manifest.shards[int(table.shard_N[40])]
     assert second.name != first.name
-    _wait_until(lambda: _copies_here(files, [first, second]) == [second.name])
+    wait_until(lambda: _copies_here(files, [first, second]) == [second.name])
     (told,) = [record.getMessage() for record in caplog.records]
     assert f"staging to {files.cache.folder}: " in told
     assert str(path) in told
@@ -270,12 +254,12 @@ def test_a_reader_goes_over_to_copies_that_come_and_lets_go_of_those_evicted(
     expected = [group.clone() for group in read_batch(reader, rows).groups]
     assert not _open_files(tmp_path)
     reader.stage([0])
-    _wait_until(lambda: _is_copy(reader.files, first))  # type: ignore[arg-type]
+    wait_until(lambda: _is_copy(reader.files, first))  # type: ignore[arg-type]
     assert all(map(torch.equal, read_batch(reader, rows).groups, expected))
     assert _open_files(tmp_path) == [str(reader.files.cache.folder / first.name)]
     os.utime(reader.files.cache.folder / first.name, (1, 1))
     reader.stage([1])
-    _wait_until(lambda: _copies_here(reader.files, [first, *others]) == [others[0].name])  # type: ignore[arg-type]
+    wait_until(lambda: _copies_here(reader.files, [first, *others]) == [others[0].name])  # type: ignore[arg-type]
     assert all(map(torch.equal, read_batch(reader, rows).groups, expected))
     assert not _open_files(tmp_path)  # or the disk would not have the room back
 
@@ -291,7 +275,7 @@ def test_a_worker_without_a_job_lets_go_of_evicted_copies(tiny_shards: Path, tmp
     assert worker is not None
     assert len(_open_files(tmp_path, worker)) == 1
     (reader.files.cache.folder / shard.name).unlink()  # type: ignore[attr-defined]
-    _wait_until(lambda: not _open_files(tmp_path, worker), seconds=5.0)
+    wait_until(lambda: not _open_files(tmp_path, worker), timeout=5.0)
     list(loader.read([slot_of([0, 1])]))
 
 
@@ -305,7 +289,7 @@ def test_a_list_is_staged_again_after_a_while(
     loader = ShardLoader(reader, max_rows=2, workers=0)
     for _ in range(2):
         list(loader.read([slot_of([0, 1])], lambda step: (0,)))
-        _wait_until(lambda: _is_copy(reader.files, shard), seconds=5.0)  # type: ignore[arg-type]
+        wait_until(lambda: _is_copy(reader.files, shard), timeout=5.0)  # type: ignore[arg-type]
         (reader.files.cache.folder / shard.name).unlink()  # type: ignore[attr-defined]
 
 
@@ -348,20 +332,22 @@ def test_a_limit_below_two_windows_keeps_what_is_needed_first(
 ) -> None:
     files = _files(tmp_path, limit=3 * SIZE + 100)
     files.stage(shards[:4])
-    _wait_until(lambda: len(caplog.records) == 1)
+    wait_until(lambda: len(caplog.records) == 1)
     assert _copies(files, shards) == [0, 1, 2]
     assert f"limit {3 * SIZE + 100}" in caplog.records[0].getMessage()
     files.stage(shards[2:6])
-    _wait_until(lambda: _copies(files, shards) == [2, 3, 4])
+    wait_until(lambda: _copies(files, shards) == [2, 3, 4])
     assert len(caplog.records) == 1
 
 
 ON_A_SMALL_DISK = """
 import json, logging, os, shutil, sys, threading, time
 from pathlib import Path
-from tests.test_sharding_staged import _copies, _files, _wait_until, _write
+from tests.test_sharding_staged import SIZE, _copies, _files
+from tests.processes import wait_until
+from tests.tiny import write_shard
 folder = Path(sys.argv[1])
-shards = [_write(folder / "origin", number) for number in range(6)]
+shards = [write_shard(folder / "origin", number, SIZE) for number in range(6)]
 files, told = _files(folder), []
 handler = logging.Handler()
 handler.emit = lambda record: told.append(record.getMessage())
@@ -378,7 +364,7 @@ def read():
 threading.Thread(target=read, daemon=True).start()
 for chosen in (shards, shards[3:], shards[:1]):
     files.stage(chosen)
-    _wait_until(lambda: files.cache._stager._thread is None)
+    wait_until(lambda: files.cache._stager._thread is None)
     found.append(_copies(files, shards))
     if found[-1] == [3, 4, 5]:
         opened.update((number, files.open(shards[number])) for number in found[-1])
@@ -412,13 +398,13 @@ def test_a_killed_copier_leaves_no_file_and_another_goes_on(
 ) -> None:
     slow, quick = _files(tmp_path, NotedCopy(notes.notes, wait=0.3)), _files(tmp_path, notes)
     copier = _start(_stage_and_wait, slow, shards[:2])
-    _wait_until(lambda: len(notes.read) >= 2)
+    wait_until(lambda: len(notes.read) >= 2)
     quick.stage(shards[:2])
     assert copier.pid is not None
     os.kill(copier.pid, signal.SIGKILL)
     assert not list(quick.cache.folder.glob("*.tar"))
     copier.join()
-    _wait_until(lambda: _copies(quick, shards) == [0, 1])
+    wait_until(lambda: _copies(quick, shards) == [0, 1])
     assert not list((quick.cache.folder / ".fetch").glob("*.partial"))
 
 
@@ -432,27 +418,27 @@ def test_nobody_evicts_what_another_job_needs_now(
 ) -> None:
     ours, theirs = (_files(tmp_path, limit=3 * SIZE) for _ in range(2))
     other = _start(_hold, theirs, shards[:2])
-    _wait_until(lambda: _copies(theirs, shards) == [0, 1])
+    wait_until(lambda: _copies(theirs, shards) == [0, 1])
     for name in ("train-000000.tar", "train-000001.tar"):
         os.utime(theirs.cache.folder / name, (1, 1))  # used long ago
     ours.stage(shards[2:5])
-    _wait_until(lambda: len(caplog.records) == 1)
+    wait_until(lambda: len(caplog.records) == 1)
     assert _copies(ours, shards) == [0, 1, 2]
     other.kill()  # type: ignore[attr-defined]
     other.join()
     ours.stage(shards[2:5])
-    _wait_until(lambda: _copies(ours, shards) == [2, 3, 4])
+    wait_until(lambda: _copies(ours, shards) == [2, 3, 4])
 
 
 def test_a_later_list_of_the_same_rank_replaces_the_one_before(tmp_path: Path, shards: list[Shard]) -> None:
     """Training and evaluation of a rank stage in processes of their own; neither is to hold the room of the other."""
     files = _files(tmp_path, limit=2 * SIZE)
     other = _start(_hold, files, shards[:2])
-    _wait_until(lambda: _copies(files, shards) == [0, 1])
+    wait_until(lambda: _copies(files, shards) == [0, 1])
     for name in ("train-000000.tar", "train-000001.tar"):
         os.utime(files.cache.folder / name, (1, 1))
     files.stage(shards[2:4])
-    _wait_until(lambda: _copies_here(files, shards) == [shards[2].name, shards[3].name])  # to open them is to use them
+    wait_until(lambda: _copies_here(files, shards) == [shards[2].name, shards[3].name])  # to open them is to use them
     other.kill()  # type: ignore[attr-defined]
     other.join()
 

@@ -1,12 +1,8 @@
 """The synthetic tree: the official layout to the letter, label sets like reBEN's, the same bytes whoever writes it."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ from sharding.synthetic.labelsets import draw_labels, rare_anchor
 from sharding.synthetic.patchplan import plan_patches
 from sharding.synthetic.scenes import make_scene
 from sharding.synthetic.tree import MARKER, write_tree
+from tests.held import running, wait_for
 from tests.readback import digests
 
 SHARES = (0.6, 0.2, 0.2)
@@ -229,16 +226,29 @@ def test_half_a_map_of_a_killed_run(tmp_path: Path) -> None:
     assert digests(tmp_path / "tree") == digests(tmp_path / "whole")
 
 
+WITHIN_A_PATCH = """
+import itertools, pathlib, sys, time
+from sharding.convert import synth
+from sharding.synthetic import tree
+encoded, numbers = tree._tiff, itertools.count()
+def held_up(*asked):
+    if next(numbers) == 20 * 12 + 5:
+        pathlib.Path(sys.argv[1]).touch()
+        time.sleep(100)
+    return encoded(*asked)
+tree._tiff = held_up
+sys.exit(synth(sys.argv[2:]))
+"""
+
+
 def test_killed_and_started_again(tmp_path: Path) -> None:
-    code = "import sys; from sharding.convert import synth; sys.exit(synth(sys.argv[1:]))"
-    root = tmp_path / "tree"
-    arguments = ["--out", str(root), "--patches", "150", "--seed", "1", "--workers", "1"]
-    with subprocess.Popen([sys.executable, "-c", code, *arguments], start_new_session=True) as process:
-        while process.poll() is None and sum(1 for _ in root.glob("BigEarthNet-S2/*/*_*")) < 20:
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
+    """Within the 21st patch, where it is held up."""
+    root, held = tmp_path / "tree", tmp_path / "held"
+    arguments = ["--out", str(root), "--patches", "50", "--seed", "1", "--workers", "0"]
+    with running([sys.executable, "-c", WITHIN_A_PATCH, str(held), *arguments]) as process:
+        wait_for(process, held.exists)
+        process.kill()
     assert not (root / reben.METADATA).exists()
-    written = write_tree(root, 150, seed=1, workers=0)
-    assert 0 < written < 150
-    write_tree(tmp_path / "whole", 150, seed=1, workers=0)
+    assert write_tree(root, 50, seed=1, workers=0) == 30
+    write_tree(tmp_path / "whole", 50, seed=1, workers=0)
     assert digests(root) == digests(tmp_path / "whole")

@@ -40,7 +40,12 @@ from tests.tiny import tiny_settings
 
 EPOCHS = 5
 # The trigger comes after the second epoch, so that a run has both phases.
-TRIGGERED = [f"optim.epochs={EPOCHS}", "detector.rule=fixed", "detector.min_epochs=2"]
+TRIGGERED = [
+    f"optim.epochs={EPOCHS}",
+    "detector.rule=fixed",
+    "detector.min_epochs=2",
+    "method.pseudo_quantile=0.5",
+]
 NOT_NEEDED = ("rasterio", "h5py", "ray", "deepspeed", "webdataset")
 
 
@@ -255,6 +260,33 @@ def test_another_seed_is_another_run(finished: Path, tmp_path: Path) -> None:
     assert lines_of(tmp_path / "other")[0]["loss/bce"] != lines_of(finished)[0]["loss/bce"]
 
 
+CHANGES = {
+    3: {"optim.lr": 0.001, "method.gc_weight": 4.0, "method.prediction_momentum": 0.5, "method.mixup_alpha": 0.3}
+}
+
+
+def test_settings_change_in_mid_run_as_the_schedule_has_them(tiny_shards: Path, finished: Path, tmp_path: Path) -> None:
+    """Whether it was there from the start, or came to a run that had stopped before: the same bits from there on, which
+    are other ones.
+    """
+    whole, later = tmp_path / "whole", tmp_path / "later"
+    changes = f"schedule.changes={json.dumps(CHANGES)}"
+    assert_trained("demo", tiny_settings(tiny_shards, whole, *TRIGGERED, changes))
+    for code, told in train("demo", tiny_settings(tiny_shards, later, *TRIGGERED, "run.max_epochs=3")):
+        assert code == 0, told  # in a rank of torchrun
+    assert status_of(later)["reason"] == "run.max_epochs are done"
+    assert_trained("demo", tiny_settings(tiny_shards, later, *TRIGGERED, changes))
+    assert_as(whole, later)
+    assert not same_bits(teacher_of(whole), teacher_of(finished))
+    assert without_speed(lines_of(whole))[:3] == without_speed(lines_of(finished))[:3]
+    rates = dict(curves_of(whole)["learning_rate"])
+    assert rates[27] / dict(curves_of(finished)["learning_rate"])[27] == pytest.approx(1 / 3)
+    assert lines_of(whole)[3]["loss/gc"] / lines_of(finished)[3]["loss/gc"] == pytest.approx(4 / 3, rel=0.1)
+    assert "holds another run (schedule.changes: {3: " in refused(
+        tiny_settings(tiny_shards, whole, *TRIGGERED, "optim.epochs=6")
+    )
+
+
 def train_up_to(settings: Sequence[str], position: str) -> tuple[int, str]:
     """The command, which does not get past this checkpoint: complete as it is, its save does not end, and whatever
     comes next waits for that.
@@ -334,7 +366,7 @@ def test_a_run_killed_in_mid_epoch_goes_on_as_if_nothing_had_been(
     assert {path.name for path in (run / "checkpoints").iterdir()} == ends | between
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_a_run_killed_in_mid_epoch_goes_on_with_another_number_of_ranks(
     tiny_shards: Path, finished: Path, tmp_path: Path, ranks: int
 ) -> None:
@@ -583,6 +615,7 @@ Path(kept).write_text(json.dumps([ended, files, names]))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("on_error", ["continue", "stop"])
 def test_a_full_disk_under_the_whole_run_ends_it_in_a_sentence_or_not_at_all(
     tiny_shards: Path, tmp_path: Path, on_error: str
@@ -847,8 +880,11 @@ def test_the_checkpoint_a_rewind_needs_is_kept_among_any_number_of_others(tiny_s
 def test_a_rewound_checkpoint_is_that_of_the_best_epoch(tiny_shards: Path, tmp_path: Path) -> None:
     """What is saved after the trigger is what the first epoch had learnt, at the place of the third."""
     run = tmp_path / "run"
-    run_ranks(2, train_with_a_rewind, tiny_settings(tiny_shards, run, "optim.epochs=3", "run.keep_checkpoints=9"))
+    settings = ["optim.epochs=3", "run.keep_checkpoints=9", "method.pseudo_quantile=0.5"]
+    run_ranks(2, train_with_a_rewind, tiny_settings(tiny_shards, run, *settings))
     first, second, third = (after_epoch(run, epoch) for epoch in range(3))
+    levels = [json.loads((folder / "state.json").read_text())["moment"]["levels"] for folder in (first, second, third)]
+    assert levels[0] == levels[2] != levels[1]
     for name in ("student", "teacher", "optimizer"):
         assert same_bits(load_file(third / f"{name}.safetensors"), load_file(first / f"{name}.safetensors"))
         assert not same_bits(load_file(second / f"{name}.safetensors"), load_file(first / f"{name}.safetensors"))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 
 from adagc_dist.config import Config
@@ -18,7 +19,7 @@ from launch.recipe import load_config
 from sharding import reben
 from sharding.files import LocalFiles
 from sharding.loader import Batch
-from sharding.manifest import Manifest, Member, load_manifest, load_table
+from sharding.manifest import Manifest, Member, Shard, load_manifest, load_table
 from sharding.plan import Slot
 from sharding.reader import PatchReader, Target, select_bands
 from sharding.rng import derive_rng
@@ -126,6 +127,15 @@ def tiny_settings(shards: Path, run: Path, *overrides: str) -> list[str]:
 
 def tiny_config(shards: Path, run: Path, *overrides: str) -> Config:
     return load_config(None, tiny_settings(shards, run, *overrides))
+
+
+def write_shard(folder: Path, number: int, size: int, version: int = 0) -> Shard:
+    """A file of ``size`` random bytes under a shard's name, and its entry in a manifest."""
+    data = derive_rng(version, "shard", number).integers(0, 256, size, dtype=np.uint8).tobytes()
+    name = f"train-{number:06d}.tar"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(data)
+    return Shard(name, "train", 1, size, xxhash.xxh3_128_hexdigest(data))
 
 
 def rename_class(manifest: Manifest, number: int, name: str) -> Manifest:

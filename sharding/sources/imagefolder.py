@@ -16,13 +16,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from sharding.images import IMAGE_NAMES, RGB, image_size
+from sharding.images import IMAGE_NAMES, RGB, check_depth, image_size
 from sharding.manifest import SPLITS, Member
 from sharding.sample import Sample
 from sharding.sources.labels import TableFile, join_name, parse_labels, parse_splits, split_name
 from sharding.sources.protocol import Index, PatchError
 
-__all__ = ["Archive", "Images", "common_size", "files_by_name", "open_images", "opened"]
+__all__ = ["Archive", "Images", "common_size", "files_by_name", "open_archive", "open_images", "opened"]
 
 SPLIT_FOLDERS = {"images_tr": "train", "images_test": "test"}  # as in AID-multilabel
 _SIZES_ASKED = 9  # images whose size is looked at before all are read: the commonest is that of the source
@@ -99,8 +99,10 @@ class Images:
             size = image_size(content)
         except (OSError, ValueError) as error:
             raise PatchError(key, name, f"cannot be read: {error}") from error
-        if content[:4] == b"\x89PNG" and content[24] == 16:
-            raise PatchError(key, name, "has 16 bits a channel; Pillow would cut them off at 255: store it as HDF5")
+        try:
+            check_depth(content)
+        except ValueError as error:
+            raise PatchError(key, name, str(error)) from error
         if size != member.shape[1:]:
             raise PatchError(key, name, f"is {_size(size)} where the others are {_size(member.shape[1:])}")
         return Sample(key, {member.name: content}, labels_C, None, None)
@@ -116,6 +118,10 @@ class Archive:
     @cached_property
     def names(self) -> list[str]:
         return sorted(_folder_names(self.root) if self._zip is None else self._zip.namelist())
+
+    def close(self) -> None:
+        if self._zip is not None:
+            self._zip.close()
 
     @cached_property
     def images(self) -> list[str]:
@@ -168,19 +174,28 @@ def open_images(root: Path, labels: str, *, split_file: str | None = None, split
     return Images(root, labels, split_file, split, root.resolve().stem, joined.classes, (member,), joined.unused)
 
 
-@contextmanager
-def opened(root: Path) -> Iterator[Archive]:
+def open_archive(root: Path) -> Archive:
+    """
+    Raises:
+        FileNotFoundError, ValueError: there is neither a folder nor a zip, or it is damaged.
+    """
     if root.is_dir():
-        yield Archive(root, None)
-        return
+        return Archive(root, None)
     if not root.is_file():
         raise FileNotFoundError(f"{root} is neither a folder nor a zip")
     try:
-        zipped = zipfile.ZipFile(root)
+        return Archive(root, zipfile.ZipFile(root))
     except zipfile.BadZipFile as error:
         raise ValueError(f"{root} is no zip, or damaged: {error}") from error
-    with zipped:
-        yield Archive(root, zipped)
+
+
+@contextmanager
+def opened(root: Path) -> Iterator[Archive]:
+    archive = open_archive(root)
+    try:
+        yield archive
+    finally:
+        archive.close()
 
 
 def _folder_names(root: Path) -> Iterator[str]:
