@@ -246,7 +246,9 @@ def test_any_number_of_ranks_learns_the_same(name: str, micro: int) -> None:
             torch.testing.assert_close(total, gradient, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(by_row(ranks), by_row([alone]), rtol=1e-4, atol=2e-5)
         assert torch.equal(by_row(ranks, "marks"), by_row([alone], "marks"))
-    if name != "role":  # values are copied or chosen, never summed
+    if name == "em_apl":  # a score's last bit depends on its place in the batch: vectors and their rest differ
+        torch.testing.assert_close(by_row(ranks), by_row([alone]), rtol=1e-6, atol=0.0)
+    if name == "ll_cp":  # labels are chosen, never summed
         assert torch.equal(by_row(ranks), by_row([alone]))
 
 
