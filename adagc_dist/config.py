@@ -131,6 +131,9 @@ class ModelConfig:
     boost before they are averaged (for networks that end in average pooling and a linear layer)."""
     boost: float = 5.0
     """Factor of head=boostlu; 1 is linear."""
+    views: Literal["whole", "quarters"] = "whole"
+    """What `adagc evaluate`, `recover` and `predict` show the teacher of a patch; training and its curves do not depend
+    on it. quarters: the whole, and its four quarters, of which each class has the best; twice the time."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model, e.g. {drop_path_rate: 0.1}."""
 

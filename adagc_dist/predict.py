@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adagc_dist.comm import Comm, first_error_everywhere
 from adagc_dist.pixels import Pixels
 from adagc_dist.scores import Probabilities
+from adagc_dist.views import View, whole
 from sharding.loader import Batch, BatchReader
 from sharding.plan import Slot, evaluation_blocks
 
@@ -74,11 +75,12 @@ class SplitScorer:
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]],
         probabilities: Probabilities,
+        view: View = whole,
         staged: Callable[[int], Sequence[int]] = lambda start: (),
     ) -> None:
         self._loader, self._pixels, self._num_rows, self._block = loader, pixels, num_rows, block
         self._comm, self._device, self._autocast, self._probabilities = comm, device, autocast, probabilities
-        self._max_bad_fraction, self._staged = max_bad_fraction, staged
+        self._max_bad_fraction, self._view, self._staged = max_bad_fraction, view, staged
 
     @torch.no_grad()
     def score(
@@ -117,7 +119,7 @@ class SplitScorer:
         """float32 [B, C + 1]: probabilities, and 1 where the row could be read."""
         images = self._pixels(batch.to(self._device).groups)
         with self._autocast():
-            logits_BC = model(images)
+            logits_BC = self._view(model, images)
         read_B = torch.from_numpy(~batch.failed).to(self._device)
         return torch.cat([self._probabilities(logits_BC.float()), read_B[:, None]], dim=1)
 

@@ -24,6 +24,7 @@ from adagc_dist.scores import to_probabilities
 from adagc_dist.teacher import EmaTeacher, teacher_momentum
 from adagc_dist.trainer import Trainer
 from adagc_dist.validate import Validator
+from adagc_dist.views import check_views, make_view
 from launch.data import Shards, make_plan
 from launch.engines.ddp import DdpEngine
 from launch.engines.deepspeed_engine import DeepSpeedEngine, check_settings
@@ -45,7 +46,9 @@ class _Parts:
     student: nn.Module
 
 
-def make_scorer(shards: Shards, table: LabelTable, pixels: Pixels, *, comm: Comm, device: torch.device) -> SplitScorer:
+def make_scorer(
+    shards: Shards, table: LabelTable, pixels: Pixels, *, comm: Comm, device: torch.device, views: str = "whole"
+) -> SplitScorer:
     """Scores of ``table``'s split under the run's precision."""
     config = shards.config
     bf16 = config.optim.precision == "bf16"
@@ -61,6 +64,7 @@ def make_scorer(shards: Shards, table: LabelTable, pixels: Pixels, *, comm: Comm
         device=device,
         autocast=lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         probabilities=to_probabilities(config.method.name),
+        view=make_view(views),
     )
 
 
@@ -149,6 +153,7 @@ def _load(config: Config) -> _Parts:
     observed, observed_validation = shards.observed(train), shards.observed(validation)
     classes, bands = len(shards.manifest.classes), len(shards.bands)
     student = create_student(config.model, num_bands=bands, num_classes=classes, seed=config.run.seed)
+    check_views(config.model.views, student, bands=bands, size=shards.size)
     if config.model.prior_bias:
         set_prior_bias(student, observed.mean(axis=0))
     return _Parts(shards, train, validation, observed, observed_validation, student)

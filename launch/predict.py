@@ -21,6 +21,7 @@ from adagc_dist.config import Config
 from adagc_dist.predict import Scores, SplitScorer
 from adagc_dist.report import prediction_table
 from adagc_dist.scores import to_probabilities
+from adagc_dist.views import check_views, make_view
 from launch.arguments import add_ranks
 from launch.data import Shards
 from launch.failure import exit_code
@@ -202,6 +203,7 @@ def _score(
     """Collective: the teacher's probabilities for all patches, the same on every rank."""
     groups = select_bands(_as_manifest(order.images, patches), teacher.data["bands"])
     side = size or max(member.shape[-1] for member in patches.members)
+    check_views(config.model.views, teacher.model, bands=len(teacher.data["bands"]), size=side)
     rows = len(patches.keys)
     block = min(config.run.eval_block, rows)
     loader = ShardLoader(
@@ -223,6 +225,7 @@ def _score(
         device=device,
         autocast=lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         probabilities=to_probabilities(config.method.name),
+        view=make_view(config.model.views),
     )
     try:
         return scorer.score(teacher.model, progress=progress_bar("predicting", rows, block=block, comm=comm))

@@ -20,6 +20,7 @@ from adagc_dist.config import Config
 from adagc_dist.metrics import fit_thresholds_C
 from adagc_dist.predict import Scores
 from adagc_dist.tracking import write_json
+from adagc_dist.views import check_views
 from launch.build import make_scorer
 from launch.data import Shards
 from launch.teacher import Teacher
@@ -34,9 +35,14 @@ THRESHOLDS = "thresholds.json"
 
 
 class SplitScores:
-    """Scores of splits by one teacher, each split once."""
+    """Scores of splits by one teacher, each split once.
+
+    Raises:
+        ValueError: model.views asks for what the network does not take.
+    """
 
     def __init__(self, shards: Shards, teacher: Teacher, *, comm: Comm, device: torch.device) -> None:
+        check_views(shards.config.model.views, teacher.model, bands=len(shards.bands), size=shards.size)
         self.shards, self.teacher, self.comm = shards, teacher, comm
         self._device = device
         self._pixels = teacher.pixels(shards.groups, shards.size, device)
@@ -45,8 +51,11 @@ class SplitScores:
     def __call__(self, table: LabelTable) -> Scores:
         """Collective: the same on every rank."""
         if table.split not in self._done:
-            scorer = make_scorer(self.shards, table, self._pixels, comm=self.comm, device=self._device)
-            block = self.shards.config.run.eval_block
+            config = self.shards.config
+            scorer = make_scorer(
+                self.shards, table, self._pixels, comm=self.comm, device=self._device, views=config.model.views
+            )
+            block = config.run.eval_block
             progress = progress_bar(f"scoring {table.split}", len(table), block=block, comm=self.comm)
             self._done[table.split] = scorer.score(self.teacher.model, progress=progress)
         return self._done[table.split]
@@ -109,4 +118,10 @@ def stored_thresholds(run: Path, config: Config, teacher: Teacher) -> dict[str, 
 def _origin(config: Config, teacher: Teacher) -> dict[str, Any]:
     """What thresholds follow from, but for the shards."""
     spml = config.spml
-    return {"teacher": teacher.digest, "spml.policy": spml.policy, "spml.seed": spml.seed, "spml.file": spml.file}
+    return {
+        "teacher": teacher.digest,
+        "model.views": config.model.views,
+        "spml.policy": spml.policy,
+        "spml.seed": spml.seed,
+        "spml.file": spml.file,
+    }

@@ -137,6 +137,20 @@ def test_thresholds_are_fitted_once_and_kept_for_this_teacher_and_these_labels(
     assert "thresholds: fitted per class on validation's observed labels" in capsys.readouterr().out
 
 
+def test_a_run_is_scored_by_quarters_at_thresholds_of_these_scores(finished: Path, tmp_path: Path) -> None:
+    found = []
+    for views in ("whole", "quarters"):
+        assert evaluation.main([str(finished), f"model.views={views}"]) == 0
+        assert command.main([str(finished), "--out", str(tmp_path / "labels.parquet"), f"model.views={views}"]) == 0
+        scores = matrix_of(pd.read_parquet(tmp_path / "labels.parquet"), "teacher")
+        found.append((json.loads((finished / "metrics.json").read_text())["test"]["map_macro"], scores))
+        assert json.loads((finished / "thresholds.json").read_text())["model.views"] == views
+    (whole, scores), (quarters, others) = found
+    assert whole != quarters
+    assert np.isfinite(others).all()
+    assert (scores != others).any(axis=0).all()
+
+
 def test_two_ranks_write_what_one_writes(finished: Path, tmp_path: Path) -> None:
     tables = []
     for ranks in (1, 2):
