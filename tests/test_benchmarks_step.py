@@ -43,6 +43,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return figures
 
 
+@pytest.mark.long
 def test_all_cases_are_there_with_their_limits(found: dict[str, Any]) -> None:
     cases = found["cases"]
     assert {name: line["limit"] for name, line in cases.items()} == pytest.approx(LIMITS)
@@ -56,6 +57,7 @@ def test_all_cases_are_there_with_their_limits(found: dict[str, Any]) -> None:
     assert all(goal["met"] == (goal["value"] <= goal["goal"]) for goal in found["goals"])
 
 
+@pytest.mark.long
 def test_parts_add_up_to_the_step(found: dict[str, Any]) -> None:
     assert list(found["parts"]) == ["an", "adagc_plain", "adagc_mixup", "an_shards", "adagc_shards"]
     for name, column in found["parts"].items():
@@ -71,6 +73,7 @@ def test_parts_add_up_to_the_step(found: dict[str, Any]) -> None:
         assert (parts["store"] > 0) == name.startswith("adagc")
 
 
+@pytest.mark.long
 def test_bytes_are_those_of_the_student(found: dict[str, Any]) -> None:
     student = create_student(ModelConfig(name="test_resnet"), num_bands=12, num_classes=19, seed=0)
     features = sum(layer.num_features for layer in batchnorm_layers(student))
