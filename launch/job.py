@@ -20,12 +20,12 @@ from adagc_dist.config import Config
 from adagc_dist.tracking import read_status
 from launch.cluster.postmortem import explain
 from launch.cluster.preflight import preflight
-from launch.cluster.requeue import End, Limits, Start, StartLog, Verdict, confirmed, decide
+from launch.cluster.requeue import End, Limits, Start, StartLog, Verdict, add_limits, confirmed, decide
 from launch.cluster.slurm import Allocation, JobControl, SlurmError
 from launch.cluster.steps import Steps
 from launch.rundir import LOGS, check_unused, make_folder, mark_failed
 from launch.supervise import EXIT_STOPPED, supervise
-from sharding.arguments import count, make_parser, positive
+from sharding.arguments import make_parser, positive
 
 __all__ = ["TrainingJob", "main"]
 
@@ -212,15 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", help="as in `adagc train`")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as in `adagc train`")
     parser.add_argument("--nproc-per-node", type=positive, metavar="N", help="ranks a node (default: its GPUs, else 1)")
-    parser.add_argument(
-        "--max-restarts",
-        type=count,
-        default=Limits.restarts,
-        metavar="N",
-        help="requeue at most so often (%(default)s)",
-    )
-    text = "do not requeue after so many starts in a row without a newer checkpoint (%(default)s)"
-    parser.add_argument("--max-idle", type=positive, default=Limits.idle, metavar="N", help=text)
+    add_limits(parser, idle="without a newer checkpoint")
     text = "look the nodes over before the ranks start (default yes)"
     parser.add_argument("--preflight", choices=["yes", "no"], default="yes", help=text)
     text = "words that start Python in each step, as of a container: 'apptainer exec --nv image.sif python'"

@@ -14,14 +14,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
 from launch.recipe import load_config
 from tests.browser import find_browser, show
-from tests.processes import kill, wait_until, words_of
-from tests.tiny import tiny_settings, write_tiny
+from tests.processes import kill, wait_until, with_environment, words_of
+from tests.tiny import tiny_settings
 from tuning import compare_results, compare_tables
 from tuning.cluster import reached
 from tuning.compare import main, read
@@ -42,13 +41,6 @@ GRID = {
         "full": {"spml.policy": "full", "method.name": "an"},
     },
 }
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_tiny(folder)
-    return folder
 
 
 @pytest.fixture
@@ -324,10 +316,10 @@ def test_both_reports_have_the_table_and_a_browser_shows_one_without_network(
 
 
 def test_what_cannot_be_is_told_before_anything_starts(
-    here: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def told(*more: str) -> str:
-        assert main(words(shards, *more), {}) == 2
+        assert main(words(tiny_shards, *more), {}) == 2
         assert not Path("out").exists()
         return capsys.readouterr().err
 
@@ -351,9 +343,9 @@ def test_what_cannot_be_is_told_before_anything_starts(
 
 
 def test_a_dry_run_counts_the_bound_once_and_writes_nothing(
-    here: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(words(shards, "--dry-run", "--seeds", "2"), {}) == 0
+    assert main(words(tiny_shards, "--dry-run", "--seeds", "2"), {}) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[5] == "seed 0  dominant  full: as full under random"
     assert lines[-1] == f"12 runs, 10 to be trained, {10 * 4 * 90} rows in all; measured on test"
@@ -361,31 +353,32 @@ def test_a_dry_run_counts_the_bound_once_and_writes_nothing(
 
 
 def test_a_folder_takes_more_methods_and_seeds_but_no_other_settings(
-    here: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    request = read(words(shards, "--seeds", "1"))
+    request = read(words(tiny_shards, "--seeds", "1"))
     assert request is not None
     request.folder.begin(request.comparison)
-    assert read(words(shards, "--seeds", "1")) is None
+    assert read(words(tiny_shards, "--seeds", "1")) is None
     assert "holds this comparison already: continue it with --resume" in capsys.readouterr().err
-    assert read(words(shards, "--resume", "optim.weight_decay=0.5")) is None
+    assert read(words(tiny_shards, "--resume", "optim.weight_decay=0.5")) is None
     assert "optim.weight_decay of an under random: the default there, 0.5 here" in capsys.readouterr().err
-    assert read(words(shards, "--resume", "--split", "validation")) is None
+    assert read(words(tiny_shards, "--resume", "--split", "validation")) is None
     assert "split: test there, validation here" in capsys.readouterr().err
     write_grid(methods={**GRID["methods"], "em": {"method.name": "em"}})  # type: ignore[dict-item]
-    assert read(words(shards, "--resume", "--seeds", "2")) is not None
+    assert read(words(tiny_shards, "--resume", "--seeds", "2")) is not None
 
 
-def test_a_comparison_goes_on_after_a_kill_and_trains_nothing_that_is_known(here: Path, shards: Path) -> None:
+def test_a_comparison_goes_on_after_a_kill_and_trains_nothing_that_is_known(here: Path, tiny_shards: Path) -> None:
     """What is known is not trained, what has finished not again, and the bound of both settings once."""
     write_grid(only={"an": ["random"], "adagc": ["random"]})
-    asked = words(shards, "--seeds", "1", "--resume", "run.panels_every=0", "optim.epochs=2")
+    asked = words(tiny_shards, "--seeds", "1", "--resume", "run.panels_every=0", "optim.epochs=2")
     request = read(asked)
     assert request is not None
     known = next(run for run in request.comparison.runs if run.cell.method == "adagc")
     write_known(Path("known.csv"), {**row(known.cell, 0, 0.5), "settings": json.dumps(known.cell.settings)})
     env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "RAY"))}
     env |= {"TMPDIR": str(here), "PYTHONPATH": str(CHECKOUT)}
+    own = f"TMPDIR={here}"
 
     def start() -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "launch.cli", "compare", *asked, "--known", "known.csv"]
@@ -396,13 +389,13 @@ def test_a_comparison_goes_on_after_a_kill_and_trains_nothing_that_is_known(here
     folder = ComparisonFolder(Path("out"))
     wait_until(lambda: any(one.state == "finished" for one in folder.trials()), "a run", TIMEOUT)
     done = {one.number: (one.path / "log.txt").read_text() for one in folder.trials() if one.state == "finished"}
-    lines = {one.pid: words_of(one.pid) for one in of(here)}
+    lines = {pid: words_of(pid) for pid in with_environment(own)}
     kill(*(pid for pid, line in lines.items() if "tuning.comparing" in line and "tuning.step" not in line))
     assert process.wait(TIMEOUT) != 0
-    assert not of(here), Path("log").read_text()
+    assert not with_environment(own), Path("log").read_text()
 
     assert start().wait(2 * TIMEOUT) == 0, Path("log").read_text()
-    assert not of(here)
+    assert not with_environment(own)
     assert {number: (folder.trial_path(number) / "log.txt").read_text() for number in done} == done
     names = [(one.values["setting"], one.values["method"]) for one in folder.trials()]
     assert sorted(names) == [("random", "an"), ("random", "full")]
@@ -425,18 +418,6 @@ def write_known(path: Path, known: Mapping[str, Any]) -> None:
         writer = csv.DictWriter(stream, [*known])
         writer.writeheader()
         writer.writerow(known)
-
-
-def of(scratch: Path) -> list[psutil.Process]:
-    """Processes whose temporary folder it is."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("TMPDIR") == str(scratch) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def csv_rows(path: Path) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from launch.recipe import load_config
 from tests.processes import kill, wait_until, words_of
-from tests.tiny import tiny_settings, write_tiny
+from tests.tiny import tiny_settings
 from tuning.command import main
 from tuning.record import SweepFolder
 from tuning.space import Base, load_space
@@ -74,17 +74,10 @@ class Tune:
         return len(trials[number].epochs) if number in trials else 0
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_tiny(folder)
-    return folder
-
-
 @pytest.fixture
-def tune(tmp_path: Path, shards: Path) -> Iterator[Tune]:
+def tune(tmp_path: Path, tiny_shards: Path) -> Iterator[Tune]:
     """Whatever happens to it, it leaves nothing."""
-    tune = Tune(tmp_path, shards)
+    tune = Tune(tmp_path, tiny_shards)
     yield tune
     assert not tune.processes(), tune.log.read_text()
     assert not list(tmp_path.glob("ray-*"))

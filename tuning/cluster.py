@@ -19,10 +19,10 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from launch.cluster.requeue import End, Limits, Start, StartLog, Verdict, confirmed, decide
+from launch.cluster.requeue import End, Limits, Start, StartLog, Verdict, add_limits, confirmed, decide
 from launch.cluster.slurm import Allocation, JobControl, SlurmError
 from launch.supervise import supervise
-from sharding.arguments import count, make_parser, positive, target
+from sharding.arguments import make_parser, positive, target
 from tuning.head import INTERRUPTED, UNREADY
 from tuning.ray_process import die_with_parent, ray_environment
 from tuning.record import TrialsFolder
@@ -191,15 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     description = "Run a command on a Ray cluster: under Slurm over all nodes of the allocation, else this machine."
     parser = make_parser("python -m tuning.cluster", description, _EPILOG)
     parser.add_argument("--dir", type=target, required=True, metavar="SWEEP", help="the sweep's folder, for all nodes")
-    parser.add_argument(
-        "--max-restarts",
-        type=count,
-        default=Limits.restarts,
-        metavar="N",
-        help="requeue at most so often (%(default)s)",
-    )
-    text = "do not requeue after so many starts in a row with nothing newer than before in SWEEP (%(default)s)"
-    parser.add_argument("--max-idle", type=positive, default=Limits.idle, metavar="N", help=text)
+    add_limits(parser, idle="with nothing newer than before in SWEEP")
     text = "how long the nodes wait for each other at the start (300)"
     parser.add_argument("--join-seconds", type=positive, default=300, metavar="S", help=text)
     text = "Ray's object store on each node (default: a tenth of the memory, at most 1 GB)"

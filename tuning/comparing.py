@@ -9,8 +9,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-import ray
-
 from launch.lock import LOCK_FILE, RunLock
 from launch.supervise import EXIT_STOPPED
 from sharding.progress import Progress
@@ -19,7 +17,7 @@ from tuning.compare import Request, read
 from tuning.compare_report import results, write_all
 from tuning.compare_results import Outcome
 from tuning.comparison import Run
-from tuning.drive import POLL_SECONDS, Signals, bundle, in_words, save
+from tuning.drive import POLL_SECONDS, Signals, bundle, connect, in_words, save
 from tuning.pool import Pool, places
 from tuning.record import TrialFolder, why_hopeless
 
@@ -38,9 +36,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         RunLock(folder.path / LOCK_FILE, f"--out {folder.path}").hold()
-        ray.init(log_to_driver=False, logging_level="ERROR")
-        signals.listen()  # Ray has taken them
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes, _ = connect(signals)
         resources = bundle(nodes, ranks=request.ranks, gpus=request.gpus, device=request.device)
     except (ValueError, OSError) as error:
         print(f"adagc compare: {error}", file=sys.stderr)

@@ -8,22 +8,20 @@ STOPPING          the comparison is saving its runs, to end
 results.csv  curves.csv  report.md  report.html  curves-SETTING.svg
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from adagc_dist.config import Config
-from adagc_dist.tracking import add_line, read_lines, write_json
+from adagc_dist.tracking import add_line, read_lines
 from tuning.fingerprint import digest_of, distinctive
 from tuning.grid import Grid, seeded
 from tuning.record import TrialFolder, TrialsFolder
 
 __all__ = ["Cell", "Comparison", "ComparisonFolder", "Key", "Run", "key_of", "plan"]
 
-_SCHEMA = 1
+_FILE = "compare.json"
 _TOLD = 4  # differences
 _DEFAULT = "the default"
 Key = tuple[str, str, int]  # digest of settings and of shards, seed
@@ -133,7 +131,7 @@ class ComparisonFolder(TrialsFolder):
         Raises:
             ValueError: it holds something else, another comparison, or this one, which is not to be resumed.
         """
-        if not self._file.is_file():
+        if not (self.path / _FILE).is_file():
             for file, what in (("config.yaml", "a run's"), ("sweep.json", "a sweep's")):
                 if (self.path / file).exists():
                     raise ValueError(f"{self.path} is {what} folder: name another with --out")
@@ -151,9 +149,7 @@ class ComparisonFolder(TrialsFolder):
             )
 
     def begin(self, comparison: Comparison) -> None:
-        (self.path / "trials").mkdir(parents=True, exist_ok=True)
-        self.stopping.unlink(missing_ok=True)
-        write_json(self._file, {"schema": _SCHEMA} | asdict(comparison))
+        self._write(_FILE, comparison)
         self.__dict__.pop("comparison", None)
 
     @cached_property
@@ -163,19 +159,9 @@ class ComparisonFolder(TrialsFolder):
             FileNotFoundError: it is no comparison's folder.
             ValueError: another version has written it.
         """
-        if not self._file.is_file():
-            raise FileNotFoundError(
-                f"{self.path} is no comparison: it holds no compare.json. Give the --out of `adagc compare`"
-            )
-        record: dict[str, Any] = json.loads(self._file.read_text())
-        if record.pop("schema") != _SCHEMA:
-            raise ValueError(f"{self._file} is of another version: go on with the one that wrote it")
+        record = self._read(_FILE, kind="comparison", option="--out of `adagc compare`")
         cells = [Cell(**cell) for cell in record.pop("cells")]
         return Comparison(cells=cells, **record)
-
-    @property
-    def _file(self) -> Path:
-        return self.path / "compare.json"
 
     def by_key(self) -> dict[Key, TrialFolder]:
         """The runs that were begun."""

@@ -4,13 +4,16 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
+
+import ray
 
 from adagc_dist.tracking import write_text
 from launch.stop import STOP_FILE
 from tuning.child import GRACE_SECONDS
 from tuning.record import TrialFolder, TrialsFolder
 
-__all__ = ["POLL_SECONDS", "Signals", "bundle", "in_words", "save"]
+__all__ = ["POLL_SECONDS", "Signals", "bundle", "connect", "in_words", "save"]
 
 POLL_SECONDS = 0.2
 
@@ -60,6 +63,13 @@ class Signals:
 
     def _hear(self, number: int, frame: object) -> None:
         self.heard = self.heard or number
+
+
+def connect(signals: Signals) -> tuple[list[Mapping[str, float]], Path]:
+    """To the cluster of RAY_ADDRESS: what each of its nodes has, by Ray's names, and Ray's folder on this one."""
+    session = Path(ray.init(log_to_driver=False, logging_level="ERROR").address_info["session_dir"])
+    signals.listen()  # Ray has taken them
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]], session
 
 
 def save(

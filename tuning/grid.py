@@ -30,9 +30,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from adagc_dist.config import Config
+from tuning import shipped
 from tuning.space import Base
 
 __all__ = ["SEEDS", "Grid", "load_grid", "seeded"]
@@ -101,7 +100,7 @@ def load_grid(name: str, overrides: Sequence[str] = ()) -> Grid:
     Raises:
         ValueError: there is none, or it does not say what is compared; the message names the key and the remedy.
     """
-    path = _path(name)
+    path = shipped.find(name, _GRIDS, "grid")
     tree = _read(path)
     methods, given = _named(f"{path}: methods", tree.get("methods")), _named(f"{path}: settings", tree.get("settings"))
     recipes, special = {}, {}
@@ -137,23 +136,8 @@ def seeded(config: Config, seed: int, folder: Path) -> Config:
     return replace(config, run=run, spml=replace(config.spml, seed=seed))
 
 
-def _path(name: str) -> Path:
-    path = Path(name)
-    if not path.is_file():
-        path = _GRIDS / f"{name}.yaml"
-    if not path.is_file():
-        shipped = ", ".join(sorted(file.stem for file in _GRIDS.glob("*.yaml")))
-        raise ValueError(f"there is no grid {name!r}: give a YAML file, or the name of a shipped one ({shipped})")
-    return path
-
-
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold {', '.join(_KEYS)}")
+    tree = shipped.read(path, ", ".join(_KEYS))
     for key in tree:
         if key not in _KEYS:
             raise ValueError(f"{path}: unknown key {key}: {_nearest(str(key), _KEYS)}")

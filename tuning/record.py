@@ -260,6 +260,26 @@ class TrialsFolder:
     def trial_path(self, number: int) -> Path:
         return self.path / "trials" / f"{number:04d}"
 
+    def _write(self, file: str, plan: Any) -> None:
+        """Begin: what it is a folder of, a dataclass."""
+        (self.path / "trials").mkdir(parents=True, exist_ok=True)
+        self.stopping.unlink(missing_ok=True)
+        write_json(self.path / file, {"schema": _SCHEMA} | asdict(plan))
+
+    def _read(self, file: str, *, kind: str, option: str) -> dict[str, Any]:
+        """What ``_write`` has written; ``kind`` and ``option`` are for the message.
+
+        Raises:
+            FileNotFoundError: it is no such folder.
+            ValueError: another version has written it.
+        """
+        if not (self.path / file).is_file():
+            raise FileNotFoundError(f"{self.path} is no {kind}: it holds no {file}. Give the {option}")
+        record: dict[str, Any] = json.loads((self.path / file).read_text())
+        if record.pop("schema") != _SCHEMA:
+            raise ValueError(f"{self.path / file} is of another version: go on with the one that wrote it")
+        return record
+
     def free_numbers(self, many: int) -> list[int]:
         """The first that no trial has."""
         taken = {trial.number for trial in self.trials()}
@@ -290,9 +310,7 @@ class SweepFolder(TrialsFolder):
             raise ValueError(f"{self.path} holds this sweep already: continue it with --resume, or name another folder")
 
     def begin(self, plan: Plan) -> None:
-        (self.path / "trials").mkdir(parents=True, exist_ok=True)
-        self.stopping.unlink(missing_ok=True)
-        write_json(self.path / "sweep.json", {"schema": _SCHEMA} | asdict(plan))
+        self._write("sweep.json", plan)
         self.__dict__.pop("plan", None)
 
     @cached_property
@@ -302,13 +320,7 @@ class SweepFolder(TrialsFolder):
             FileNotFoundError: it is no sweep's folder.
             ValueError: another version has written it.
         """
-        file = self.path / "sweep.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{self.path} is no sweep: it holds no sweep.json. Give the --dir of `adagc tune`")
-        record: dict[str, Any] = json.loads(file.read_text())
-        if record.pop("schema") != _SCHEMA:
-            raise ValueError(f"{file} is of another version: go on with the one that wrote it")
-        return Plan(**record)
+        return Plan(**self._read("sweep.json", kind="sweep", option="--dir of `adagc tune`"))
 
     @property
     def objective(self) -> Objective:

@@ -19,6 +19,7 @@ import yaml
 from adagc_dist.config import Config
 from launch.recipe import load_config
 from sharding.rng import derive_rng
+from tuning import shipped
 
 __all__ = ["Base", "Domain", "Space", "load_space"]
 
@@ -195,18 +196,8 @@ def load_space(name: str | Path) -> Space:
     Raises:
         ValueError: there is none, or it does not say what is searched; the message names the key and the remedy.
     """
-    path = Path(name)
-    if not path.is_file():
-        path = _SPACES / f"{name}.yaml"
-    if not path.is_file():
-        shipped = ", ".join(sorted(file.stem for file in _SPACES.glob("*.yaml")))
-        raise ValueError(f"there is no space {str(name)!r}: give a YAML file, or the name of a shipped one ({shipped})")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(tree, dict) or not tree:
-        raise ValueError(f"{path} must hold lines like `method.gc_weight: {{uniform: [1.5, 6]}}`")
+    path = shipped.find(name, _SPACES, "space")
+    tree = shipped.read(path, "lines like `method.gc_weight: {uniform: [1.5, 6]}`")
     return Space(str(path), {str(key): _domain(path, str(key), given) for key, given in tree.items()})
 
 

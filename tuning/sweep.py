@@ -11,22 +11,19 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import ray
-
 from launch.lock import LOCK_FILE, RunLock
 from launch.supervise import EXIT_STOPPED
 from launch.train import check
 from sharding.progress import Progress
 from tuning import results
 from tuning.command import Search, read
-from tuning.drive import Signals, bundle, in_words, save
+from tuning.drive import POLL_SECONDS, Signals, bundle, connect, in_words, save
 from tuning.report import write_report
 from tuning.schedule import Recorder
 from tuning.stages import Stages
 
 __all__ = ["main"]
 
-_POLL_SECONDS = 0.2
 _SHOW_SECONDS = 10
 
 
@@ -40,9 +37,7 @@ def main(argv: Sequence[str]) -> int:
         search.sweep.path.mkdir(parents=True, exist_ok=True)
         check(search.config, search.ranks)
         RunLock(search.sweep.path / LOCK_FILE, f"--dir {search.sweep.path}").hold()
-        session = Path(ray.init(log_to_driver=False, logging_level="ERROR").address_info["session_dir"])
-        signals.listen()  # Ray has taken them
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes, session = connect(signals)
         device = search.config.engine.device
         resources = bundle(nodes, ranks=search.ranks, gpus=search.gpus, device=device)
     except (ValueError, OSError) as error:
@@ -73,7 +68,7 @@ class _Sweep:
             fit.start()
             shown = time.monotonic()
             while fit.is_alive() and not self._is_over():
-                fit.join(_POLL_SECONDS)
+                fit.join(POLL_SECONDS)
                 if time.monotonic() > shown + _SHOW_SECONDS:  # it looks into every trial's folder
                     self._progress.at(self._patches_done())
                     shown = time.monotonic()

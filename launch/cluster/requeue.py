@@ -1,5 +1,6 @@
 """Whether a job goes back into the queue when its ranks have ended: a pure function, and the record it looks at."""
 
+import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,8 +10,9 @@ from adagc_dist.reasons import StopReason
 from adagc_dist.tracking import add_line, read_lines
 from launch.cluster.slurm import JobControl
 from launch.supervise import EXIT_STOPPED
+from sharding.arguments import count, positive
 
-__all__ = ["End", "Limits", "Start", "StartLog", "Verdict", "confirmed", "decide"]
+__all__ = ["End", "Limits", "Start", "StartLog", "Verdict", "add_limits", "confirmed", "decide"]
 
 _AS_ASKED = (StopReason.FILE.value, StopReason.EPOCHS.value)
 
@@ -24,6 +26,14 @@ class Limits:
 
     restarts: int = 20
     idle: int = 3
+
+
+def add_limits(parser: argparse.ArgumentParser, *, idle: str) -> None:
+    """``--max-restarts`` and ``--max-idle``; ``idle``: what a start ends without when it was in vain."""
+    text = "requeue at most so often (%(default)s)"
+    parser.add_argument("--max-restarts", type=count, default=Limits.restarts, metavar="N", help=text)
+    text = f"do not requeue after so many starts in a row {idle} (%(default)s)"
+    parser.add_argument("--max-idle", type=positive, default=Limits.idle, metavar="N", help=text)
 
 
 @dataclass(frozen=True)
