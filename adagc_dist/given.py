@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
+from adagc_dist.spml import refuse_rows
 from sharding.manifest import LabelTable
 
 __all__ = ["GivenLabels", "read_given"]
@@ -43,21 +44,14 @@ class GivenLabels:
         """
         found = pc.index_in(table.keys, value_set=self.keys)
         missing_N = found.is_null().to_numpy(zero_copy_only=False)
-        self._refuse(table, missing_N, "are not in it: it must name every patch of train and validation")
+        where = f"spml.file={self.name}"
+        refuse_rows(table, missing_N, f"are not in {where}: it must name every patch of train and validation")
+        rows_N, columns_N = np.arange(len(table)), self.columns_M[found.to_numpy()]
+        wrong_N = ~table.labels_NC[rows_N, columns_N]
+        refuse_rows(table, wrong_N, f"have another label in {where} than any of their full ones in the shards")
         observed_NC = np.zeros_like(table.labels_NC)
-        observed_NC[np.arange(len(table)), self.columns_M[found.to_numpy()]] = True
-        wrong_N = (observed_NC & ~table.labels_NC).sum(axis=1) > 0
-        self._refuse(table, wrong_N, "have another label in it than any of their full ones in the shards")
+        observed_NC[rows_N, columns_N] = True
         return observed_NC
-
-    def _refuse(self, table: LabelTable, bad_N: NDArray[np.bool_], text: str) -> None:
-        count = int(bad_N.sum())
-        if count:
-            first = table.keys[int(bad_N.argmax())].as_py()
-            raise ValueError(
-                f"spml.file={self.name}: {count} of the {len(table)} rows of split {table.split!r} (the first is "
-                f"{first}) {text}"
-            )
 
 
 def read_given(path: Path, classes: Sequence[str]) -> GivenLabels:

@@ -150,7 +150,9 @@ def mean_defined(values_C: Float64) -> float:
 
 
 def geometric_mean_defined(values_C: Float64) -> float:
-    """The geometric mean of what is not NaN: of PU scores, so that a rare class, whose own is large, counts no more."""
+    """The geometric mean of what is not NaN of positive values, NaN if nothing is left: of PU scores, so that a rare
+    class, whose own is large, counts no more.
+    """
     return float(np.exp(mean_defined(np.log(values_C))))
 
 

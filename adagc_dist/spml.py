@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sharding.manifest import LabelTable
 from sharding.rng import hashed_uniform
 
-__all__ = ["POLICIES", "observe"]
+__all__ = ["POLICIES", "observe", "refuse_rows"]
 
 POLICIES = ("random", "dominant", "full")
 
@@ -39,7 +39,7 @@ def observe(table: LabelTable, policy: str, seed: int, classes: Sequence[str]) -
             f"split {table.split!r} has {table.labels_NC.shape[1]} label columns for {len(classes)} class names: "
             "take both from the same manifest"
         )
-    _refuse(table, table.labels_NC.sum(axis=1) == 0, "have no label at all: shard again without them")
+    refuse_rows(table, table.labels_NC.sum(axis=1) == 0, "have no label at all: shard again without them")
     if policy == "full":
         return table.labels_NC.copy()
     column_N = _random_column(table, seed) if policy == "random" else _dominant_column(table)
@@ -64,14 +64,15 @@ def _dominant_column(table: LabelTable) -> NDArray[np.int64]:
         "so they have no dominant label: take spml.policy=random, or shard again from a tree with reference maps "
         "(or coverage) for all patches"
     )
-    _refuse(table, np.isnan(table.coverage_NC).sum(axis=1) > 0, f"have no area shares, {remedy}")
+    refuse_rows(table, np.isnan(table.coverage_NC).sum(axis=1) > 0, f"have no area shares, {remedy}")
     share_NC = np.where(table.labels_NC, table.coverage_NC, -1)
-    _refuse(table, share_NC.max(axis=1) <= 0, f"have no area in any of their labels, {remedy}")
+    refuse_rows(table, share_NC.max(axis=1) <= 0, f"have no area in any of their labels, {remedy}")
     column_N: NDArray[np.int64] = share_NC.argmax(axis=1)
     return column_N
 
 
-def _refuse(table: LabelTable, bad_N: NDArray[np.bool_], text: str) -> None:
+def refuse_rows(table: LabelTable, bad_N: NDArray[np.bool_], text: str) -> None:
+    """Raises ValueError where there are bad rows (bool [N]): how many, the first one's key, and ``text``."""
     count = int(bad_N.sum())
     if count:
         first = table.keys[int(bad_N.argmax())].as_py()

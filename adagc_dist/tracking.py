@@ -216,9 +216,11 @@ def add_line(path: Path, record: Mapping[str, object]) -> None:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    cut = path.is_file() and not path.read_bytes().endswith(b"\n")
-    with path.open("a") as stream:
-        stream.write("\n" * cut + json.dumps(record) + "\n")
+    with path.open("a+b") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+        cut = stream.read(1) not in (b"", b"\n")
+        stream.write(b"\n" * cut + json.dumps(record).encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
 

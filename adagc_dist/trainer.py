@@ -412,7 +412,7 @@ def _summary(epoch: int, epochs: int, phase: str, values: Mapping[str, float]) -
 
 
 def check_same_data(saved: Mapping[str, Any], present: Mapping[str, Any], path: object) -> None:
-    """What was learnt on one set of classes, bands and shards goes on with the same.
+    """What was learnt on one set of classes, bands, shards and given labels goes on with the same.
 
     Raises:
         ValueError: one of them differs; the message names it and the first difference.
@@ -426,9 +426,9 @@ def check_same_data(saved: Mapping[str, Any], present: Mapping[str, Any], path: 
             detail = f"{len(value)} against {len(other)}" if not pairs else f"{pairs[0][0]!r} against {pairs[0][1]!r}"
         else:
             detail = "the digests or values differ"
+        keep = "the content of spml.file" if name == "labels of spml.file" else "data.shards and data.bands"
         raise ValueError(
-            f"the {name} of {path} are not those of this configuration ({detail}): "
-            "keep data.shards and data.bands as in its training"
+            f"the {name} of {path} are not those of this configuration ({detail}): keep {keep} as in its training"
         )
 
 

@@ -47,7 +47,8 @@ def quarters(model: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_views(name: str, model: nn.Module, *, bands: int, size: int) -> None:
-    """
+    """Try ``name`` on one empty image [1, bands, size, size], in pixels; the model's mode is left as it was.
+
     Raises:
         ValueError: the model does not take images of half the side.
     """

@@ -71,17 +71,18 @@ def newest_averages(run: Path, data: Mapping[str, Any]) -> Averages | None:
     def read(checkpoint: Checkpoint) -> Averages | None:
         checkpoint.verify(only=("rows-", "state.json"))
         check_same_data(checkpoint.state()["data"], data, checkpoint.path)
-        return _averages(checkpoint)
+        return _averages(checkpoint, len(data["classes"]))
 
     return newest(run, read)
 
 
-def _averages(checkpoint: Checkpoint) -> Averages | None:
+def _averages(checkpoint: Checkpoint, classes: int) -> Averages | None:
+    """Of all rows; what a method keeps beside them comes in further columns and is left out."""
     state = checkpoint.rows(0, 1)
     if state is None:
         return None
     rows = state["rows"].numpy()
-    values_NC = np.full((len(rows), state["values"].shape[1]), np.nan, dtype=np.float32)
+    values_NC = np.full((len(rows), classes), np.nan, dtype=np.float32)
     written = is_written(state["marks"]).numpy()
-    values_NC[rows[written]] = state["values"].numpy()[written]
+    values_NC[rows[written]] = state["values"].numpy()[written, :classes]
     return Averages(values_NC, checkpoint)

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -152,11 +152,11 @@ def recover(order: Order) -> None:
 
 
 def _by_averages(order: Order, split: _Split) -> _Found:
-    averages = _newest(order.run, split.shards)
+    averages = newest_averages(order.run, split.shards.identity())
     if averages is None:
         raise ValueError(
             f"{order.run} keeps no prediction averages: method.name={split.shards.config.method.name} has none "
-            "(adagc, elr and sat have). Leave out --averages-only to take the teacher's word"
+            "(adagc, elr, sat, role, ll_cp and em_apl have). Leave out --averages-only to take the teacher's word"
         )
     seen_N = averages.written_N
     thresholds_C = _same(order.threshold, split)
@@ -188,18 +188,10 @@ def _by_teacher(order: Order, split: _Split, *, comm: Comm, device: torch.device
 def _averages_beside(order: Order, shards: Shards) -> Averages | None:
     """An addition to the teacher's scores: a finished run may be without checkpoints, or its shards made again."""
     try:
-        return _newest(order.run, shards) if order.split == "train" else None
+        return newest_averages(order.run, shards.identity()) if order.split == "train" else None
     except (FileNotFoundError, ValueError) as error:
         print(f"without averages: {error}", file=sys.stderr)
         return None
-
-
-def _newest(run: Path, shards: Shards) -> Averages | None:
-    """Without what a method keeps beside them, which comes after."""
-    averages = newest_averages(run, shards.identity())
-    if averages is None:
-        return None
-    return replace(averages, values_NC=averages.values_NC[:, : len(shards.manifest.classes)])
 
 
 def _deliver(order: Order, split: _Split, found: _Found) -> None:

@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 TEACHER = "teacher.safetensors"
 LOGS = "logs"
 _MAY_CHANGE = (
+    "model.views",  # of scoring only
+    "spml.file",  # its content is compared
     "data.shards",
     "data.workers",
     "data.prefetch",

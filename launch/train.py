@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from adagc_dist.agreement import Stopped
 from adagc_dist.comm import first_error_everywhere
@@ -72,9 +73,10 @@ def check(config: Config, world_size: int) -> None:
     """What can be known before ranks are started.
 
     Raises:
-        FileNotFoundError, ValueError: the method's numbers, the shards, the bands, the global batch or DeepSpeed's
-            settings do not fit.
+        FileNotFoundError, ValueError: the method's numbers, the shards, the bands, the global batch, the given labels
+            or DeepSpeed's settings do not fit.
     """
+    from adagc_dist.given import read_given
     from adagc_dist.methods import baseline_settings
     from launch.data import Shards, make_plan
     from launch.engines.deepspeed_settings import deepspeed_settings
@@ -82,7 +84,10 @@ def check(config: Config, world_size: int) -> None:
     baseline_settings(config.method)
     if config.engine.name == "deepspeed":
         deepspeed_settings(config, world_size)
-    make_plan(Shards.open(config), world_size, 0)
+    shards = Shards.open(config)
+    make_plan(shards, world_size, 0)
+    if config.spml.policy == "file":
+        read_given(Path(config.spml.file), shards.manifest.classes)
 
 
 def train(config: Config) -> None:

@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_told(tiny_shards: Path, tmp_path: Path) -> None:
         next(c for c in classes if c != label and not _has(train, key, c, classes)) for key, label in zip(keys, labels)
     ]
     assert "90 of the 90 rows of split 'train'" in told(changed(table, label=other))
-    assert "another label in it than any of their full ones" in told(changed(table, label=other))
+    assert "than any of their full ones in the shards" in told(changed(table, label=other))
     with pytest.raises(FileNotFoundError, match=r"spml\.file=.*none\.csv: there is no such file"):
         read_given(tmp_path / "none.csv", classes)
     (tmp_path / "noise").write_bytes(b"PAR1 and no more")

@@ -192,7 +192,10 @@ def test_a_method_without_averages_has_its_teacher(
     for all_of_them, observed, recovered in zip(above, frame["observed"], frame["recovered"]):
         assert set(filter(None, recovered.split(";"))) == set(filter(None, all_of_them.split(";"))) - {observed}
     assert averages_of(run, out) == 1
-    assert "keeps no prediction averages: method.name=an has none (adagc, elr and sat have)" in capsys.readouterr().err
+    assert (
+        "keeps no prediction averages: method.name=an has none (adagc, elr, sat, role, ll_cp and em_apl have)"
+        in capsys.readouterr().err
+    )
 
 
 def test_geojson_has_the_footprints_in_degrees(finished: Path, tmp_path: Path) -> None:

@@ -84,13 +84,16 @@ def save(
     """
     folder.stopping.touch()
     name = signal.Signals(signals.heard or signal.SIGTERM).name
-    running = [trial for trial in begun if trial.is_training]
-    say(f"{name}: saving {len(running)} trial(s)")
-    for trial in running:
-        with suppress(OSError):
-            write_text(trial.path / STOP_FILE, name)
+    say(f"{name}: saving {sum(trial.is_training for trial in begun)} trial(s)")
+    asked: set[int] = set()
     ends = time.monotonic() + seconds + GRACE_SECONDS
-    while any(trial.is_training for trial in running) and time.monotonic() < ends:
+    # each time anew: ranks that are still starting train a moment later
+    while (running := [trial for trial in begun if trial.is_training]) and time.monotonic() < ends:
+        for trial in running:
+            if trial.number not in asked:
+                asked.add(trial.number)
+                with suppress(OSError):
+                    write_text(trial.path / STOP_FILE, name)
         time.sleep(POLL_SECONDS)
 
 

@@ -89,9 +89,7 @@ class ScoreStore(PredictionStore):
         score_NC = score_nC.new_zeros(self.num_rows, self.num_classes)
         score_NC[rows] = torch.where(open_nC, score_nC, torch.inf)
         score_CN = self._comm.all_reduce_sum(score_NC).t()  # of each row one rank's, and zeros
-        order_CN = score_CN.argsort(dim=1, stable=True)
-        place_CN = torch.empty_like(order_CN)
-        place_CN.scatter_(1, order_CN, torch.arange(self.num_rows, device=order_CN.device).expand_as(order_CN))
+        place_CN = score_CN.argsort(dim=1, stable=True).argsort(dim=1)
         lowest_nC = (place_CN < most_C[:, None]).t()[rows]
         soft_nC.copy_(torch.where(lowest_nC & open_nC, score_nC, soft_nC))
 

@@ -15,7 +15,8 @@ more, k ends as much higher).
 LL-Cp's labels live in the row store, with the rank that reads the row.
 
 The batch is a micro-batch of all ranks, so what is left out does not depend on their number: the ranks exchange their
-logits, one all-gather of [rows, C + 1] float32 per micro-batch. Labels of equal loss are taken by row, then by class.
+logits, one all-gather of [rows, C + 1] float32 per micro-batch where k is not 0. Labels of equal loss are taken by
+row, then by class.
 """
 
 from dataclasses import dataclass
@@ -126,12 +127,16 @@ class LargeLoss(Baseline):
 
     @torch.no_grad()
     def _find_large(self, logits_BC: Tensor, observed_BC: Tensor, read_B: Tensor | None) -> Tensor:
-        """Collective: bool [B, C], which of this rank's labels are among the k largest losses of all ranks.
+        """Collective where k is not 0: bool [B, C], which of this rank's labels are among the k largest losses of all
+        ranks.
 
         The loss -log(1 - p) of an unobserved label rises with its logit: these are compared. Slots lie in the order of
         the ranks, so the gathered rows have the same order on any number of them, and a stable sort settles ties. k is
         counted on the device, for only there it is known how many rows all ranks could read.
         """
+        share = self._treatment.share(self._epoch)
+        if share == 0:  # alike on all ranks
+            return torch.zeros_like(observed_BC, dtype=torch.bool)
         rows, classes = logits_BC.shape
         read_B = read_B if read_B is not None else torch.ones(rows, dtype=torch.bool, device=logits_BC.device)
         candidate_BC = (observed_BC == 0) & read_B[:, None]
@@ -140,7 +145,6 @@ class LargeLoss(Baseline):
         mine_MV[:, classes] = 0
         mine_MV[:rows, classes] = read_B.to(logits_BC.dtype)
         all_RMV = self._comm.all_gather(mine_MV)
-        share = self._treatment.share(self._epoch)
         # 1e-6: a product that is whole but for rounding is not one more
         count = torch.ceil(share * classes * all_RMV[..., classes].double().sum() - 1e-6)
         order = all_RMV[..., :classes].flatten().argsort(descending=True, stable=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from adagc_dist.comm import Engine
 from adagc_dist.feed import TrainingBatch
 from adagc_dist.methods.baseline import Baseline
 
@@ -29,11 +29,7 @@ class SingleDraw:
 class SoftmaxLoss(Baseline):
     """Cross-entropy over classes; a row without an observed label has no loss."""
 
-    def __init__(self, *, engine: Engine, epochs: int) -> None:
-        super().__init__(engine=engine, epochs=epochs)
-
     def _losses_B(self, logits_BC: Tensor, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        observed_BC = batch.observed_BC.to(logits_BC.dtype)
-        chance_BC = observed_BC / observed_BC.sum(dim=1, keepdim=True).clamp(min=1)
-        loss_B = -(chance_BC * logits_BC.log_softmax(dim=1)).sum(dim=1)
+        chance_BC = F.normalize(batch.observed_BC.to(logits_BC.dtype), p=1, dim=1)
+        loss_B = F.cross_entropy(logits_BC, chance_BC, reduction="none")
         return loss_B, torch.zeros_like(loss_B)

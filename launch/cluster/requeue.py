@@ -1,4 +1,6 @@
-"""Whether a job goes back into the queue when its ranks have ended: a pure function, and the record it looks at."""
+"""Whether a job goes back into the queue when its ranks have ended: a pure function, Slurm's own word on it, the limits
+and their options, and the record of starts.
+"""
 
 import argparse
 import time
