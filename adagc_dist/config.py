@@ -144,21 +144,23 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     name: Literal[
-        "adagc", "an", "an_ls", "wan", "epr", "role", "em", "em_apl", "ll_r", "ll_ct", "ll_cp", "gr", "hill", "splc",
-        "focal", "asl", "elr", "sat", "softmax",
+        "adagc", "adagc_levels", "an", "an_ls", "wan", "epr", "role", "em", "em_apl", "ll_r", "ll_ct", "ll_cp", "gr",
+        "hill", "splc", "focal", "asl", "elr", "sat", "softmax",
     ] = "adagc"  # fmt: skip
-    """adagc: gradient calibration after the trigger; an: assume-negative BCE throughout. Further baselines: an_ls: an
+    """adagc: gradient calibration after the trigger; adagc_levels: ours, unobserved labels that reach a level of their
+    class are left out instead; an: assume-negative BCE throughout. Further baselines: an_ls: an
     with smoothed labels; wan: with light negatives; epr: positives alone, and their expected number; role: and
     estimated labels; em: unobserved labels held uncertain; em_apl: and low scores become soft negatives; ll_r, ll_ct,
     ll_cp: the largest losses left out, corrected, or corrected for good; gr: generalised robust loss; hill: large
     scores pushed less; splc: large scores become positives; focal, asl: focus on hard labels, alike or asymmetric; elr:
     held near earlier predictions; sat: labels that move to the predictions; softmax: which class a draw would show."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Numbers of a baseline, e.g. {epsilon: 0.2}. an_ls: epsilon; wan: gamma; epr: expected_positives (required: the
-    mean number of labels per patch); role: expected_positives (required), lr_factor; em: alpha; em_apl: alpha, beta,
-    share, warmup_epochs; ll_r, ll_ct, ll_cp: delta_rel; gr: w_first, w_last, b_first, b_last, mu_first,
-    mu_last, sigma_first, sigma_last, q2, q3; hill: lamb, margin, gamma; splc: tau, change_epoch, margin, gamma; focal:
-    gamma; asl: gamma_neg, gamma_pos, clip; elr: weight, momentum; sat: momentum, warmup_epochs."""
+    """Numbers of a method, e.g. {epsilon: 0.2}. adagc_levels: quantile; an_ls: epsilon; wan: gamma; epr:
+    expected_positives (required: the mean number of labels per patch); role: expected_positives (required), lr_factor;
+    em: alpha; em_apl: alpha, beta, share, warmup_epochs; ll_r, ll_ct, ll_cp: delta_rel; gr: w_first, w_last, b_first,
+    b_last, mu_first, mu_last, sigma_first, sigma_last, q2, q3; hill: lamb, margin, gamma; splc: tau, change_epoch,
+    margin, gamma; focal: gamma; asl: gamma_neg, gamma_pos, clip; elr: weight, momentum; sat: momentum, warmup_epochs.
+    """
     teacher_momentum: float | None = None
     """Momentum of the teacher's weights per step; null: from teacher_lag."""
     teacher_lag: float = 1.5
@@ -171,10 +173,6 @@ class MethodConfig:
     """How teacher and prediction average make a pseudo-label: w pT + (1-w) pS, the larger, or pT^w pS^(1-w)."""
     pseudo_threshold: float = 0.0
     """Pseudo-labels below it are set to 0; 0 is off."""
-    pseudo_quantile: float | None = None
-    """Pseudo-labels become 1 from this quantile of the scores that the class's observed positives have on validation,
-    and 0 below, so that each class recovers alike, however low its scores are; null: they stay as they are. With
-    gc_weight=1 a recovered label has no gradient."""
     gc_weight: float = 3.0
     """Weight of the calibration term; both terms are means over samples and classes. In self-consistency accepts above
     1/(weight-1).
@@ -186,11 +184,6 @@ class MethodConfig:
         for name in ("prediction_momentum", "teacher_weight", "pseudo_threshold"):
             value = getattr(self, name)
             _check(0.0 <= value <= 1.0, f"method.{name}={value} must lie in [0, 1]")
-        quantile = self.pseudo_quantile
-        _check(
-            quantile is None or 0.0 <= quantile <= 1.0,
-            f"method.pseudo_quantile={quantile} must lie in [0, 1] or be null",
-        )
         momentum = self.teacher_momentum
         _check(
             momentum is None or 0.0 <= momentum < 1.0,

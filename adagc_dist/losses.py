@@ -88,7 +88,6 @@ def combine_pseudo_labels(
     teacher_weight: float,
     threshold: float,
     observed_BC: Tensor,
-    levels_C: Tensor | None = None,
 ) -> Tensor:
     """[B, C] pseudo-labels t in [0, 1], at least float32, without gradient.
 
@@ -99,7 +98,6 @@ def combine_pseudo_labels(
             agree); "max" the larger (complete: one suffices), which ignores w.
         teacher_weight: w in [0, 1]; 1 is the teacher alone, 0 the moving average alone.
         threshold: t below it becomes 0; 0 is off.
-        levels_C: float32; what reaches its class's level becomes 1, what does not 0. None: t is as it is.
         observed_BC: observed labels before Mixup (bool, or float where > 0 is observed); there t = 1. Masked by its own
             row, it still counts after Mixup, where the mask is soft.
 
@@ -112,8 +110,6 @@ def combine_pseudo_labels(
             raise ValueError(f"{name}={value} is outside [0, 1]: pseudo-labels are combined from probabilities")
     combined_BC = _combine(wide(teacher_BC), wide(ema_BC), combine=combine, teacher_weight=teacher_weight)
     kept_BC = torch.where(combined_BC < threshold, torch.zeros_like(combined_BC), combined_BC)
-    if levels_C is not None:
-        kept_BC = (kept_BC >= levels_C).to(kept_BC.dtype)
     return torch.where(observed_BC > 0, torch.ones_like(kept_BC), kept_BC)
 
 

@@ -93,16 +93,16 @@ def build_trainer(
     teacher = EmaTeacher(engine.student, momentum=teacher_momentum(config.method, plan(0).num_steps))
     pixels = shards.pixels(device)
     scorer = make_scorer(shards, validation, pixels, comm=comm, device=device)
-    classes = len(shards.manifest.classes)
+    method = make_method(
+        config, engine=engine, teacher=teacher, comm=comm, num_rows=len(train),
+        num_classes=len(shards.manifest.classes), max_rows=plan(0).max_slot_rows,
+    )  # fmt: skip
     return Trainer(
         config=config,
         comm=comm,
         engine=engine,
         teacher=teacher,
-        method=make_method(
-            config, engine=engine, teacher=teacher, comm=comm, num_rows=len(train), num_classes=classes,
-            max_rows=plan(0).max_slot_rows,
-        ),
+        method=method,
         feed=Feed(
             train, parts.observed, pixels,
             seed=config.run.seed, augment=config.data.augment, mixup_alpha=config.method.mixup_alpha, device=device,
@@ -110,7 +110,7 @@ def build_trainer(
         loader=shards.loader(train, device, max_rows=plan(0).max_slot_rows),
         validator=Validator(
             scorer, observed_NC=parts.observed_validation, labels_NC=validation.labels_NC, comm=comm,
-            seed=config.run.seed, quantile=config.method.pseudo_quantile,
+            seed=config.run.seed, quantile=method.level_quantile,
         ),
         detector=_detector(config),
         checkpoints=checkpoints,

@@ -77,11 +77,11 @@ def check(config: Config, world_size: int) -> None:
             or DeepSpeed's settings do not fit.
     """
     from adagc_dist.given import read_given
-    from adagc_dist.methods import baseline_settings
+    from adagc_dist.methods import method_settings
     from launch.data import Shards, make_plan
     from launch.engines.deepspeed_settings import deepspeed_settings
 
-    baseline_settings(config.method)
+    method_settings(config.method)
     if config.engine.name == "deepspeed":
         deepspeed_settings(config, world_size)
     shards = Shards.open(config)

@@ -19,7 +19,7 @@ from adagc_dist.comm import Comm, SoloComm
 from adagc_dist.config import Config, DataConfig, MethodConfig, OptimConfig, RunConfig
 from adagc_dist.feed import TrainingBatch
 from adagc_dist.methods import Losses, Phase, make_method
-from adagc_dist.methods.table import BASELINES, baseline_settings
+from adagc_dist.methods.table import BASELINES, VARIANTS, method_settings
 from adagc_dist.teacher import EmaTeacher
 from launch.engines.ddp import DdpEngine
 from launch.recipe import describe_keys, dump_config, load_config
@@ -507,10 +507,10 @@ def test_a_batch_of_which_nothing_could_be_read_has_a_gradient_and_it_is_zero(na
 
 def test_every_name_of_the_configuration_is_a_method_and_help_tells_its_numbers() -> None:
     names = get_args(get_type_hints(MethodConfig)["name"])
-    assert sorted(names) == sorted(["adagc", *BASELINES])
+    assert sorted(names) == sorted(["adagc", *VARIANTS, *BASELINES])
     told = " ".join(describe_keys().split())
     keys = told[told.index("method.kwargs ") :]
-    for name, kind in BASELINES.items():
+    for name, kind in {**BASELINES, **VARIANTS}.items():
         assert re.search(rf"\b{name}\b", told)
         for field in dataclasses.fields(kind):
             assert re.search(rf"\b{field.name}\b", keys), f"--help does not tell {field.name} of {name}"
@@ -532,7 +532,7 @@ def test_numbers_come_from_the_command_line_and_are_written_back(tmp_path: Path)
         "method.kwargs.gamma_neg=2",
     ]
     config = load_config(None, overrides)
-    found = baseline_settings(config.method)
+    found = method_settings(config.method)
     assert (found.clip, found.gamma_neg, found.gamma_pos) == (0.01, 2.0, 1.0)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "config.yaml") == config
@@ -564,7 +564,7 @@ def test_numbers_come_from_the_command_line_and_are_written_back(tmp_path: Path)
 )
 def test_numbers_that_cannot_be_are_refused_by_name(name: str, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        baseline_settings(MethodConfig(name=name, kwargs=kwargs))  # type: ignore[arg-type]
+        method_settings(MethodConfig(name=name, kwargs=kwargs))  # type: ignore[arg-type]
 
 
 # Whole runs

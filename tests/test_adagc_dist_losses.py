@@ -193,16 +193,6 @@ def test_threshold_zeroes_what_lies_below_but_not_the_observed() -> None:
     torch.testing.assert_close(t_BC, torch.tensor([[0.0, float(p_BC[0, 1]), float(p_BC[0, 2]), 1.0]]))
 
 
-def test_what_reaches_its_classes_level_is_one_and_all_else_zero() -> None:
-    p_BC = torch.tensor([[0.2, 0.2, 0.2, 0.9, 0.1]])
-    observed_BC = torch.tensor([[False, False, False, False, True]])
-    t_BC = combine_pseudo_labels(
-        p_BC, p_BC, combine="max", teacher_weight=0.5, threshold=0.0, observed_BC=observed_BC,
-        levels_C=torch.tensor([0.1, 0.2, 0.3, 2.0, 0.5]),
-    )  # fmt: skip
-    assert t_BC.tolist() == [[1.0, 1.0, 0.0, 0.0, 1.0]]
-
-
 def test_a_recovered_label_has_no_gradient_at_weight_one() -> None:
     z_BC = torch.tensor([[3.0, -2.0, 0.5]], dtype=torch.float64, requires_grad=True)
     observed_BC, pseudo_BC = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]])

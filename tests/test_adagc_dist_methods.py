@@ -14,6 +14,7 @@ from adagc_dist.config import Config, DataConfig, MethodConfig, RunConfig
 from adagc_dist.feed import TrainingBatch
 from adagc_dist.methods import Phase, make_method
 from adagc_dist.methods.adagc import AdaGC
+from adagc_dist.methods.adagc_levels import AdaGCLevels
 from adagc_dist.teacher import EmaTeacher
 from launch.engines.ddp import DdpEngine
 from tests.tiny import Owners
@@ -178,9 +179,39 @@ def test_losses_are_local_sums_over_the_global_count() -> None:
     assert math.isclose(sums, whole, rel_tol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"gc_weight": 3.0, "mixup_alpha": 1.0, "pseudo_threshold": 0.9}])
+def test_with_levels_the_loss_is_cross_entropy_without_what_reaches_its_classes_level(settings: dict[str, Any]) -> None:
+    method, engine, teacher = parts(name="adagc_levels", kwargs={"quantile": 0.4}, **settings)
+    assert (method.calibrates, method.level_quantile) == (True, 0.4)
+    given = batch()
+    p, y = training_output(engine, given.images), numpy_of(given.observed_BC)
+    t = 0.5 * clean(teacher.model, given.images) + 0.5 * p  # the averages are the first predictions
+    levels = np.float32([*np.quantile(t, 0.5, axis=0)[:-1], 2.0])  # of the last class none was seen
+    method.accept_from(levels.tolist())
+    losses = method.losses(given, Phase.CALIBRATION)
+
+    left = (t >= levels) & (y == 0)
+    assert 3 < left.sum() < 12
+    assert not left[:, -1].any()
+    assert losses.total.item() == pytest.approx(bce(np.where(left, 1e-9, p), y), rel=1e-3)  # t is at most 1 - 1e-4
+    assert losses.bce.item() == pytest.approx(bce(p, y), rel=1e-5)
+    assert losses.pseudo_counts[0].tolist() == left.sum(axis=0).tolist()
+
+
+def test_a_label_that_is_left_out_has_no_gradient() -> None:
+    method, engine, _ = parts(name="adagc_levels")
+    given = replace(batch(), observed_BC=torch.zeros(B, C))
+    method.accept_from([2.0, 2.0, 2.0, 0.0])  # of the last class all are left out
+    method.losses(given, Phase.CALIBRATION).total.backward()
+    biases = engine.student[-1].bias.grad.abs()
+    assert biases[3] < 1e-3 * biases[:3].min()
+
+
 def test_names_choose_methods() -> None:
-    assert isinstance(parts(name="adagc")[0], AdaGC)
+    assert type(parts(name="adagc")[0]) is AdaGC
+    assert type(parts(name="adagc_levels")[0]) is AdaGCLevels
     assert parts(name="adagc")[0].calibrates
+    assert parts(name="adagc")[0].level_quantile is None
 
 
 # Rows that could not be read

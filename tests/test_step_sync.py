@@ -24,8 +24,9 @@ ON_THE_HOST = "Optimizer.step#AdamW.step"
 NEEDED = {"epr": ["method.kwargs.expected_positives=2.9"], "role": ["method.kwargs.expected_positives=2.9"]}
 ADAGC = {
     "adagc warm-up": [],
-    "adagc without Mixup": ["method.mixup_alpha=0", "method.pseudo_quantile=0.5"],
-    "adagc with Mixup": ["method.mixup_alpha=1", "method.pseudo_quantile=0.5"],
+    "adagc without Mixup": ["method.mixup_alpha=0"],
+    "adagc with Mixup": ["method.mixup_alpha=1"],
+    "adagc_levels": ["method.name=adagc_levels"],
 }
 CASES = {**{name: [f"method.name={name}", *NEEDED.get(name, [])] for name in BASELINES}, **ADAGC}
 STEPS = 2
@@ -72,8 +73,8 @@ def trainer_of(name: str, shards: Path, folder: Path, device: str) -> Trainer:
         checkpoints=CheckpointStore(folder / "checkpoints", comm=comm, keep=1),
     )
     trainer.start()
-    trainer.moment.calibrating = name in ("adagc without Mixup", "adagc with Mixup")
-    if config.method.pseudo_quantile is not None:
+    trainer.moment.calibrating = trainer.method.calibrates and name != "adagc warm-up"
+    if trainer.method.level_quantile is not None:
         trainer.moment.levels = [0.1] * len(trainer.data["classes"])
     trainer._configure(0)
     return trainer

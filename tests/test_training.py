@@ -44,7 +44,7 @@ TRIGGERED = [
     f"optim.epochs={EPOCHS}",
     "detector.rule=fixed",
     "detector.min_epochs=2",
-    "method.pseudo_quantile=0.5",
+    "method.name=adagc_levels",
 ]
 NOT_NEEDED = ("rasterio", "h5py", "ray", "deepspeed", "webdataset")
 
@@ -880,7 +880,7 @@ def test_the_checkpoint_a_rewind_needs_is_kept_among_any_number_of_others(tiny_s
 def test_a_rewound_checkpoint_is_that_of_the_best_epoch(tiny_shards: Path, tmp_path: Path) -> None:
     """What is saved after the trigger is what the first epoch had learnt, at the place of the third."""
     run = tmp_path / "run"
-    settings = ["optim.epochs=3", "run.keep_checkpoints=9", "method.pseudo_quantile=0.5"]
+    settings = ["optim.epochs=3", "run.keep_checkpoints=9", "method.name=adagc_levels"]
     run_ranks(2, train_with_a_rewind, tiny_settings(tiny_shards, run, *settings))
     first, second, third = (after_epoch(run, epoch) for epoch in range(3))
     levels = [json.loads((folder / "state.json").read_text())["moment"]["levels"] for folder in (first, second, third)]

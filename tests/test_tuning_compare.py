@@ -111,13 +111,13 @@ def test_overrides_win_over_the_recipe_and_are_refused_where_the_grid_wins(here:
 
 @pytest.mark.parametrize("name", ["core", "smoke", "reben", "aid"])
 def test_the_shipped_grids_fit_the_configuration(name: str) -> None:
-    from adagc_dist.methods import baseline_settings
+    from adagc_dist.methods import method_settings
 
     grid = load_grid(name, ["data.shards=s"])
     assert {"an", "full", "adagc"} <= set(grid.methods)
     for setting, method in grid.cells:
         if setting == next(iter(grid.settings)):
-            baseline_settings(grid.config(setting, method).method)
+            method_settings(grid.config(setting, method).method)
 
 
 # ---- the same run ----------------------------------------------------------------------------------------------------
@@ -153,6 +153,8 @@ def test_what_changes_figures_changes_the_digest(override: str) -> None:
 def test_numbers_of_adagc_are_nothing_to_a_baseline() -> None:
     assert digest("method.name=an", "method.gc_weight=4") == digest("method.name=an") != digest()
     assert digest("method.name=em", "method.kwargs={alpha: 0.3}") != digest("method.name=em")
+    ours = "method.name=adagc_levels"
+    assert digest(ours, "method.gc_weight=4") == digest(ours) != digest(ours, "method.teacher_weight=0.1")
 
 
 def test_a_key_that_came_later_was_at_its_default_and_an_old_default_is_not_todays() -> None:

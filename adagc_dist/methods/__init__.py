@@ -8,6 +8,7 @@ from typing import Any
 from adagc_dist.comm import Comm, Engine
 from adagc_dist.config import Config
 from adagc_dist.methods.adagc import AdaGC
+from adagc_dist.methods.adagc_levels import AdaGCLevels, Levels
 from adagc_dist.methods.elr import EarlyLearning, EarlyLearningRegularisation
 from adagc_dist.methods.em_apl import AsymmetricPseudoLabels, PseudoLabelling, ScoreStore
 from adagc_dist.methods.entrywise import Entrywise
@@ -17,11 +18,11 @@ from adagc_dist.methods.protocol import Losses, Method, Phase
 from adagc_dist.methods.role import EstimateStore, LabelEstimation, OnlineLabelEstimation
 from adagc_dist.methods.sat import SelfAdaptive, SelfAdaptiveTraining
 from adagc_dist.methods.softmax import SingleDraw, SoftmaxLoss
-from adagc_dist.methods.table import baseline_settings
+from adagc_dist.methods.table import method_settings
 from adagc_dist.store import PredictionStore
 from adagc_dist.teacher import EmaTeacher
 
-__all__ = ["Losses", "Method", "Phase", "baseline_settings", "make_method"]
+__all__ = ["Losses", "Method", "Phase", "make_method", "method_settings"]
 
 
 def make_method(
@@ -40,17 +41,19 @@ def make_method(
         max_rows: no micro-batch of a rank has more, on any rank.
 
     Raises:
-        ValueError: see ``baseline_settings``.
+        ValueError: see ``method_settings``.
     """
 
     rows: dict[str, Any] = {"comm": comm, "device": engine.device, "exchange": config.engine.row_exchange}
     store = partial(PredictionStore, num_rows, num_classes, **rows)
-    settings = baseline_settings(config.method)
+    averages = partial(store, momentum=config.method.prediction_momentum)
+    settings = method_settings(config.method)
     common: dict[str, Any] = {"engine": engine, "epochs": config.optim.epochs}
     match settings:
         case None:
-            averages = store(momentum=config.method.prediction_momentum)
-            return AdaGC(config.method, engine=engine, teacher=teacher, store=averages)
+            return AdaGC(config.method, engine=engine, teacher=teacher, store=averages())
+        case Levels():
+            return AdaGCLevels(settings, config.method, engine=engine, teacher=teacher, store=averages())
         case Rejection() | Correction():
             return LargeLoss(settings, comm=comm, max_rows=max_rows, **common)
         case PermanentCorrection():

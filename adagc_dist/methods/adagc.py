@@ -12,13 +12,6 @@ The calibration term is ADDED with a positive weight: its gradient -t p(1-p)/(1-
 false negatives and turns it round where weight * t > 1 (method reference 7.4). Both means are over samples and classes.
 Averages p~ are kept from the first epoch on. What the paper leaves open (operator, weights, mask, order) is named in
 the configuration.
-
-Ours, not the paper's: with ``pseudo_quantile`` t is 1 from a level of its class on and 0 below, the level being that
-quantile of the teacher's scores of observed positives on validation, anew after every epoch. Assume negative teaches a
-label that is present in many-labelled images a low score, about 1 / (labels per image) where it is seen alike often, so
-no common threshold finds it; observed positives are drawn from the same labels, and on validation nobody has memorised
-them. At weight 1 the sum of both terms has the gradient p (1 - t) / (1 - p t): none for a recovered label, so what is
-recovered is left out and does not confirm itself, which it does at weights above 2 (method reference 2.5).
 """
 
 from collections.abc import Sequence
@@ -43,7 +36,6 @@ class AdaGC:
 
     def __init__(self, config: MethodConfig, *, engine: Engine, teacher: EmaTeacher, store: PredictionStore) -> None:
         self._engine, self._teacher, self._store = engine, teacher, store
-        self._levels_C: Tensor | None = None
         self.configure(config, 0)
 
     @property
@@ -59,8 +51,12 @@ class AdaGC:
         # a pseudo-label from here on counts as a recovered label
         self._counted_from = max(config.pseudo_threshold, 0.5)
 
+    @property
+    def level_quantile(self) -> float | None:
+        return None
+
     def accept_from(self, levels: Sequence[float]) -> None:
-        self._levels_C = torch.tensor(levels, device=self._engine.device)
+        """Pseudo-labels stay as they are (``adagc_levels``)."""
 
     def losses(self, batch: TrainingBatch, phase: Phase) -> Losses:
         if phase is Phase.WARMUP:
@@ -101,7 +97,6 @@ class AdaGC:
             teacher_weight=self._config.teacher_weight,
             threshold=self._config.pseudo_threshold,
             observed_BC=batch.observed_BC,
-            levels_C=self._levels_C,
         )
 
     @torch.no_grad()

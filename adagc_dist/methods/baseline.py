@@ -45,6 +45,10 @@ class Baseline(ABC):
     def configure(self, config: MethodConfig, epoch: int) -> None:
         self._epoch = Epoch(epoch, self._epoch.total)
 
+    @property
+    def level_quantile(self) -> float | None:
+        return None
+
     def accept_from(self, levels: Sequence[float]) -> None:  # noqa: B027  # nothing to be done is right here
         """There are no pseudo-labels."""
 

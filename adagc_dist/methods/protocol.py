@@ -58,10 +58,14 @@ class Method(Protocol):
     def configure(self, config: MethodConfig, epoch: int) -> None:
         """Other weights, momenta and thresholds from here on, at the start of ``epoch`` (from 0)."""
 
-    def accept_from(self, levels: Sequence[float]) -> None:
-        """What a pseudo-label of each class has to reach from here on to count; told where
-        ``method.pseudo_quantile`` is set.
+    @property
+    def level_quantile(self) -> float | None:
+        """Which quantile of the scores of each class's observed positives on validation ``accept_from`` is told after
+        each epoch; None where it is not.
         """
+
+    def accept_from(self, levels: Sequence[float]) -> None:
+        """What a pseudo-label of each class has to reach from here on to count."""
 
     def losses(self, batch: TrainingBatch, phase: Phase) -> Losses:
         """Forward passes and loss of one micro-batch. Not collective, but for what the engine's forward pass

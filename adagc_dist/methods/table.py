@@ -1,4 +1,4 @@
-"""The baselines by name, and what ``method.kwargs`` sets of each."""
+"""The methods beside adagc by name, and what ``method.kwargs`` sets of each."""
 
 import difflib
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
 from adagc_dist.config import MethodConfig
+from adagc_dist.methods.adagc_levels import Levels
 from adagc_dist.methods.an import AssumeNegative
 from adagc_dist.methods.an_ls import LabelSmoothing
 from adagc_dist.methods.asl import Asymmetric
@@ -23,7 +24,10 @@ from adagc_dist.methods.softmax import SingleDraw
 from adagc_dist.methods.splc import SelfPacedCorrection
 from adagc_dist.methods.wan import WeakNegatives
 
-__all__ = ["BASELINES", "baseline_settings"]
+__all__ = ["BASELINES", "VARIANTS", "method_settings"]
+
+# They have adagc's own numbers, too.
+VARIANTS: Mapping[str, type[Any]] = {"adagc_levels": Levels}
 
 BASELINES: Mapping[str, type[Any]] = {
     "an": AssumeNegative,
@@ -47,14 +51,14 @@ BASELINES: Mapping[str, type[Any]] = {
 }
 
 
-def baseline_settings(config: MethodConfig) -> Any:
-    """The numbers of the baseline ``config.name``, checked; None for adagc, whose numbers are the configuration's own.
+def method_settings(config: MethodConfig) -> Any:
+    """The numbers of the method ``config.name``, checked; None for adagc, whose numbers are the configuration's own.
 
     Raises:
         ValueError: ``config.kwargs`` names what the method does not have, leaves out what it needs, or holds no number
             or one out of range; the message names the key.
     """
-    kind = BASELINES.get(config.name)
+    kind = {**BASELINES, **VARIANTS}.get(config.name)
     hints = get_type_hints(kind) if kind else {}
     for key in config.kwargs:
         if key not in hints:
