@@ -39,6 +39,7 @@ _QUANTILES = (50, 90, 99)
 
 _METRICS = (
     "map/noisy_teacher", "auc/noisy_teacher", "pu/noisy_teacher", "map/true_teacher", "auc/true_teacher",
+    "f1/true_teacher",
 )  # fmt: skip
 _SETTINGS = ("spml.", "model.", "method.", "detector.", "optim.", "data.augment", "data.bands", "data.size", "run.seed")
 
@@ -52,6 +53,7 @@ _CHARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
     "validation of the teacher": {
         "mAP: noisy, true; level: since the trigger": ["map/noisy_teacher", "map/true_teacher", "map/at_trigger"],
+        "F1 (true)": ["f1/"],
         "AUC: noisy, true": ["auc/"],
         "PU score (noisy)": ["pu/"],
         "calibration error: noisy, true": ["ece/"],

@@ -362,6 +362,7 @@ class Trainer:
         maps = {
             "map/noisy_teacher": teacher.noisy_map,
             "map/true_teacher": teacher.true_map,
+            "f1/true_teacher": teacher.true_f1,
             "auc/noisy_teacher": teacher.noisy_auc,
             "auc/true_teacher": teacher.true_auc,
             "pu/noisy_teacher": teacher.noisy_pu,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from adagc_dist.comm import Comm
+from adagc_dist.metrics import f1_report
 from adagc_dist.predict import Scores, SplitScorer
 from adagc_dist.ranking import Ranking, bootstrap_weights, geometric_mean_defined, mean_defined
 
@@ -43,6 +44,7 @@ class Validation:
         noisy_map: macro mAP against the observed labels; with ``replicates``, the only thing a decision may use.
         replicates: paired bootstrap replicates of it.
         true_map: macro mAP against the full labels, for the log.
+        true_f1: macro F1 against them at the classes' thresholds, which are fitted to the observed labels.
         noisy_auc, true_auc: macro area under the ROC curve, likewise.
         noisy_pu: geometric mean of the PU scores r^2 / q at each class's best threshold, from the observed labels; at
             least 1.
@@ -53,6 +55,7 @@ class Validation:
     noisy_map: float
     replicates: Sequence[float]
     true_map: float
+    true_f1: float
     noisy_auc: float
     true_auc: float
     noisy_pu: float
@@ -107,6 +110,7 @@ class Validator:
             noisy_map=mean_defined(noisy_ap_C),
             replicates=ranking.bootstrap_map(observed, weights_RN).tolist(),
             true_map=mean_defined(true_ap_C),
+            true_f1=f1_report(values, labels, thresholds_C).macro_f1,
             noisy_auc=mean_defined(ranking.auc_C(observed)),
             true_auc=mean_defined(ranking.auc_C(labels)),
             noisy_pu=geometric_mean_defined(pu_C),

@@ -71,10 +71,10 @@ def test_every_curve_goes_forward_and_has_numbers(server: Server) -> None:
         steps = steps_of(points)
         assert steps == sorted(set(steps)), tag  # nothing is told twice
         assert all(math.isfinite(value) for _, value in points), tag
-    whole = {"map/noisy_teacher", "auc/noisy_teacher", "auc/true_teacher", "pu/noisy_teacher", "ece/noisy_teacher",
-        "ece/true_teacher", "ema/quantile_50", "ema/quantile_99", "ema/above_half", f"ap_noisy/{reben.CLASSES[0]}",
-        f"ap_true/{reben.CLASSES[18]}", "epoch/speed/samples_per_second_min", "epoch/speed/memory_gb_max",
-        "epoch/speed/row_sync_seconds_max", "epoch/speed/sync_share_max"}  # fmt: skip
+    whole = {"map/noisy_teacher", "auc/noisy_teacher", "auc/true_teacher", "pu/noisy_teacher", "f1/true_teacher",
+        "ece/noisy_teacher", "ece/true_teacher", "ema/quantile_50", "ema/quantile_99", "ema/above_half",
+        f"ap_noisy/{reben.CLASSES[0]}", f"ap_true/{reben.CLASSES[18]}", "epoch/speed/samples_per_second_min",
+        "epoch/speed/memory_gb_max", "epoch/speed/row_sync_seconds_max", "epoch/speed/sync_share_max"}  # fmt: skip
     assert whole <= set(tags)
     for tag in whole:
         assert steps_of(curve(server, tag)) == STEPS
@@ -94,7 +94,7 @@ def test_every_chart_of_the_layout_has_curves(server: Server) -> None:
     layout = server.get("plugin/custom_scalars/layout")
     charts = {chart["title"]: chart for group in layout["category"] for chart in group["chart"]}
     assert len(layout["category"]) == 6
-    assert len(charts) >= 17
+    assert len(charts) >= 18
     for title, chart in charts.items():
         for regex in chart["multiline"]["tag"]:
             found = server.get("plugin/custom_scalars/scalars", run="tensorboard", tag=regex)
@@ -176,7 +176,7 @@ def test_hyperparameters_beside_the_final_metrics(resumed: Path, server: Server)
     last = lines_of(resumed)[-1]
     metrics = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
     assert set(metrics) == {
-        f"{name}_teacher" for name in ("map/noisy", "map/true", "auc/noisy", "auc/true", "pu/noisy")
+        f"{name}_teacher" for name in ("map/noisy", "map/true", "auc/noisy", "auc/true", "pu/noisy", "f1/true")
     }
     for name, value in metrics.items():
         assert value == pytest.approx(last[name], rel=1e-6)
@@ -245,7 +245,10 @@ def _shown(store: PredictionStore | None, comm: Comm) -> Drawn:
     scores = Scores(rng.random((40, 3), dtype=np.float32), np.ones(40, dtype=bool))
     table = load_like(labels_NC)
     details = Details(scores, np.array([0.5, np.nan, 0.1]), np.array([0.5, 0.6, 0.7]), np.full(3, 0.5))
-    validation = Validation(0.3, [], 0.4, 0.5, 0.6, 1.5, details=details)
+    validation = Validation(
+        noisy_map=0.3, replicates=[], true_map=0.4, true_f1=0.3, noisy_auc=0.5, true_auc=0.6, noisy_pu=1.5,
+        details=details,
+    )  # fmt: skip
     drawn = Drawn()
     board = Board(["a", "b", "c"], table, labels_NC, None, lambda epoch: True, comm)
     board.show(drawn, validation, Meter(torch.device("cpu"), comm, 3), store, epoch=0, step=9, trigger_map=None)

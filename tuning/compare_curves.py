@@ -18,18 +18,23 @@ __all__ = ["curves", "figure", "legend", "look"]
 _TITLES = {
     "noisy_map": ("noisy mAP of the teacher", "on observed labels of validation"),
     "true_map": ("true mAP of the teacher", "on validation, only looked at: no run knew it"),
+    "true_f1": ("true F1 of the teacher", "likewise, at thresholds fitted to the observed labels"),
 }
 _WIDTH, _HEIGHT, _ROW = 530, 330, 18  # of a chart, and of a line of the figure's legend
 _PER_ROW = 8
 
 
 def curves(found: Found, setting: str) -> list[Element]:
-    """A chart each of noisy and true mAP over epochs, a line a run, with the trigger; none where no run has begun."""
+    """A chart each of noisy mAP, true mAP and true F1 over epochs, a line a run, with the trigger; none where no run
+    has such points.
+    """
     runs = [one for one in found.outcomes if one.row["setting"] == setting and one.curve]
     x = linear("epochs trained", [float(one.run.cell.epochs) for one in runs], whole=True)
     drawn = []
     for column, (title, note) in _TITLES.items() if runs else ():
         paths = [_path(found, one, column) for one in runs if column != "noisy_map" or not _sees_all(one)]
+        if not any(value is not None for path in paths for _, value in path.points):
+            continue
         y = linear(title, (value for path in paths for _, value in path.points))
         drawn.append(charts.curves(title, note, paths, x, y, None))
     return drawn
@@ -49,9 +54,10 @@ def figure(found: Found, setting: str) -> str:
         place = {"x": _WIDTH * at, "width": _WIDTH, "height": _HEIGHT}
         chart.attrib.update({key: str(value) for key, value in place.items()})
     height = _HEIGHT + _ROW * (1 + (len(names) - 1) // _PER_ROW) + 8
-    box: dict[str, object] = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {2 * _WIDTH} {height}"}
+    width = _WIDTH * len(drawn)
+    box: dict[str, object] = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {width} {height}"}
     rules = style(f"svg svg {{ width: {_WIDTH}px; height: {_HEIGHT}px; }} text {{ font-family: sans-serif; }}")
-    back = el("rect", {"width": 2 * _WIDTH, "height": height, "fill": "#fff"})
+    back = el("rect", {"width": width, "height": height, "fill": "#fff"})
     return tostring(el("svg", box, rules, back, *drawn, *_names(found, names)), encoding="unicode") + "\n"
 
 
@@ -78,7 +84,10 @@ def _sees_all(one: Outcome) -> bool:
 
 
 def _path(found: Found, one: Outcome, column: str) -> charts.Path:
-    points = [(float(point["epoch"]), None if (value := point[column]) is None else 100 * value) for point in one.curve]
+    values = [point.get(column) for point in one.curve]  # an earlier version's curves.csv has no F1
+    points = [
+        (float(point["epoch"]), None if value is None else 100 * value) for point, value in zip(one.curve, values)
+    ]
     trigger = next((float(point["epoch"]) for point in one.curve if point["trigger"]), None)
     return charts.Path(look(found, one.row["method"], one.row["state"]), points, trigger)
 

@@ -4,8 +4,8 @@ results.csv   a row a run: setting, method, seed, state, split; on it map (macro
               the last epoch noisy_map and true_map, the teacher's on validation; trigger_epoch and best_epoch (of
               true_map), counted as epochs trained; epochs, samples, seconds; shards, their digest; ap/<class>;
               settings, as JSON: what the run depends on, and digest, of those that are not defaults
-curves.csv    a row an epoch of each run: setting, method, seed, epoch, noisy_map, true_map, trigger, and precision and
-              recall of the pseudo-labels, where there were some
+curves.csv    a row an epoch of each run: setting, method, seed, epoch, noisy_map, true_map, trigger, true_f1 at
+              thresholds fitted to the observed labels, precision and recall of the pseudo-labels, where there were some
 
 Rows of earlier comparisons are taken over (``read_known``): they say what they are of.
 """
@@ -26,6 +26,7 @@ __all__ = ["Outcome", "outcomes", "read_known", "write"]
 _CURVE = {
     "noisy_map": "map/noisy_teacher",
     "true_map": "map/true_teacher",
+    "true_f1": "f1/true_teacher",
     "pseudo_precision": "pseudo/precision",
     "pseudo_recall": "pseudo/recall",
 }
@@ -64,7 +65,7 @@ class Outcome:
 
 def outcomes(folder: ComparisonFolder) -> list[Outcome]:
     """Of all runs, in their order."""
-    comparison, known, trials = folder.comparison, folder.known(), folder.by_key()
+    comparison, known, trials = folder.comparison, folder.known, folder.by_key()
     found = []
     for run in comparison.runs:
         names = {"setting": run.cell.setting, "method": run.cell.method, "seed": run.seed}
@@ -86,7 +87,7 @@ def write(folder: ComparisonFolder) -> list[Outcome]:
     classes = [name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith("ap/")]
     _write(folder.path / "results.csv", (*_COLUMNS, *classes, "settings", "digest"), rows)
     points = [{**one.row, **point} for one in found for point in one.curve]
-    _write(folder.path / "curves.csv", (*_CURVE_COLUMNS, "pseudo_precision", "pseudo_recall"), points)
+    _write(folder.path / "curves.csv", (*_CURVE_COLUMNS, "true_f1", "pseudo_precision", "pseudo_recall"), points)
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 
 from adagc_dist.comm import SoloComm
 from adagc_dist.evaluate import measure_split
-from adagc_dist.metrics import fit_thresholds_C, macro_map
+from adagc_dist.metrics import f1_report, fit_thresholds_C, macro_map
 from adagc_dist.predict import Scores
 from adagc_dist.validate import Validator
 from launch.build import make_scorer
@@ -72,6 +72,10 @@ def test_a_skipping_run_is_validated_on_the_rows_that_were_read(lost: Path, tiny
         assert len(values) == 36
         assert line[f"map/{name}_teacher"] == pytest.approx(macro_map(values, kept), abs=1e-6)
         assert line[f"map/{name}_teacher"] != pytest.approx(macro_map(scores.values_NC, labels), abs=1e-4)
+    thresholds_C = fit_thresholds_C(*scores.beside(shards.observed(table)))
+    true_f1 = f1_report(*scores.beside(table.labels_NC), thresholds_C).macro_f1
+    assert line["f1/true_teacher"] == pytest.approx(true_f1, abs=1e-6)
+    assert true_f1 > 0
 
 
 def test_a_skipping_evaluation_measures_the_rows_that_were_read(
