@@ -167,6 +167,10 @@ class MethodConfig:
     """Time constant of the teacher's weights in epochs, where teacher_momentum is null."""
     prediction_momentum: float = 0.9
     """Momentum of each sample's prediction average per epoch (beta)."""
+    averages_of: Literal["student", "teacher"] = "student"
+    """Whose predictions it follows after the trigger: the student's, or the teacher's, which with Mixup saves the
+    student's pass over the clean images, a fifth of the step.
+    """
     teacher_weight: float = 0.5
     """Weight w of the teacher's prediction in the pseudo-label; 1 is teacher only, 0 the prediction average only."""
     combine: Literal["mean", "max", "product"] = "mean"

@@ -104,12 +104,13 @@ def test_the_warm_up_is_assume_negative_and_keeps_the_averages() -> None:
     assert method.store.visits.tolist() == [1 if row in ROWS else 0 for row in range(12)]
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.55])
+@pytest.mark.parametrize(("threshold", "averages_of"), [(0.0, "student"), (0.55, "student"), (0.0, "teacher")])
 @pytest.mark.parametrize("mixed", [True, False])
-def test_the_calibrated_loss_is_the_formula(mixed: bool, threshold: float) -> None:
+def test_the_calibrated_loss_is_the_formula(mixed: bool, threshold: float, averages_of: str) -> None:
     method, engine, teacher = parts(
-        mixup_alpha=1.0 if mixed else 0.0, gc_weight=2.5, teacher_weight=0.3, pseudo_threshold=threshold
-    )
+        mixup_alpha=1.0 if mixed else 0.0, gc_weight=2.5, teacher_weight=0.3, pseudo_threshold=threshold,
+        averages_of=averages_of,
+    )  # fmt: skip
     given = batch() if mixed else batch(torch.ones(B))
     old = random(12, C, seed=5)
     marks = torch.full((12,), 1 << 14, dtype=torch.int16)
@@ -119,6 +120,8 @@ def test_the_calibrated_loss_is_the_formula(mixed: bool, threshold: float) -> No
 
     x, y, lam, mate = given.images, numpy_of(given.observed_BC), numpy_of(given.lambda_B)[:, None], given.mate_B.numpy()
     p_own = student if student is not None else training_output(engine, x)
+    if averages_of == "teacher":
+        p_own = clean(teacher.model, x)
     average = 0.9 * numpy_of(old)[ROWS] + 0.1 * p_own
     t = 0.3 * clean(teacher.model, x) + 0.7 * average
     t = np.where(y > 0, 1.0, np.where(t < threshold, 0.0, t))
@@ -149,6 +152,15 @@ def test_one_step_moves_the_statistics_once_and_the_teacher_not_at_all(alpha: fl
     for name, tensor in teacher.model.state_dict().items():
         assert torch.equal(tensor, taught[name])
     assert all(parameter.grad is None for parameter in teacher.model.parameters())
+
+
+@pytest.mark.parametrize(("averages_of", "passes"), [("student", ["clean", "mixed"]), ("teacher", ["mixed"])])
+def test_averages_of_the_teacher_cost_no_pass_of_the_student(averages_of: str, passes: list[str]) -> None:
+    method, engine, _ = parts(averages_of=averages_of)
+    seen: list[str] = []
+    engine.student.register_forward_hook(lambda model, *_: seen.append("mixed" if model.training else "clean"))
+    method.losses(batch(), Phase.CALIBRATION)
+    assert seen == passes
 
 
 def test_no_gradient_flows_through_the_pseudo_labels() -> None:

@@ -36,7 +36,13 @@ _NEUTRAL = (
 )
 _FILES = ("spml.file", "model.pretrained", "engine.deepspeed_json")  # by their content
 _FIXED_IN_VARIANTS = ("method.pseudo_threshold", "method.gc_weight", "method.mixup_alpha")
-_OF_ADAGC = ("method.prediction_momentum", "method.teacher_weight", "method.combine", *_FIXED_IN_VARIANTS)
+_OF_ADAGC = (
+    "method.prediction_momentum",
+    "method.averages_of",
+    "method.teacher_weight",
+    "method.combine",
+    *_FIXED_IN_VARIANTS,
+)
 
 
 def settings_of(config: Config) -> dict[str, Any]:

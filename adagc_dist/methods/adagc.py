@@ -71,28 +71,32 @@ class AdaGC:
 
     def _calibrated(self, batch: TrainingBatch) -> Losses:
         images, observed_BC = batch.images, batch.observed_BC
+        taught_BC = self._predict(self._teacher.model, images)
+        of_teacher = self._config.averages_of == "teacher"
         if self._config.mixup_alpha > 0:
-            pseudo_BC = self._pseudo_labels(batch, self._predict(self._engine.student, images))
+            averaged_BC = taught_BC if of_teacher else self._predict(self._engine.student, images)
+            pseudo_BC = self._pseudo_labels(batch, taught_BC, averaged_BC)
             counts = self._count(pseudo_BC, batch)
             mixed = (mix(x, batch.mate_B, batch.lambda_B) for x in (images, observed_BC, pseudo_BC))
             images, observed_BC, pseudo_BC = mixed
             logits_BC = self._engine.forward(images)
         else:
             logits_BC = self._engine.forward(images)
-            pseudo_BC = self._pseudo_labels(batch, logits_BC.detach().sigmoid())
+            averaged_BC = taught_BC if of_teacher else logits_BC.detach().sigmoid()
+            pseudo_BC = self._pseudo_labels(batch, taught_BC, averaged_BC)
             counts = self._count(pseudo_BC, batch)
         bce = batch.share(bce_B(logits_BC, observed_BC))
         gc = batch.share(calibration_B(logits_BC, pseudo_BC, mask_unobserved(observed_BC)))
         gc = self._config.gc_weight * gc
         return Losses(total=bce + gc, bce=bce.detach(), gc=gc.detach(), pseudo_counts=counts, moved=self._store.moved)
 
-    def _pseudo_labels(self, batch: TrainingBatch, student_BC: Tensor) -> Tensor:
+    def _pseudo_labels(self, batch: TrainingBatch, taught_BC: Tensor, averaged_BC: Tensor) -> Tensor:
         """The averages move first, then make the pseudo-labels together with the teacher (ELR's order, method reference
         2.1).
         """
         return combine_pseudo_labels(
-            self._predict(self._teacher.model, batch.images),
-            self._store.blend(batch.rows, student_BC, read_B=batch.read_B),
+            taught_BC,
+            self._store.blend(batch.rows, averaged_BC, read_B=batch.read_B),
             combine=self._config.combine,
             teacher_weight=self._config.teacher_weight,
             threshold=self._config.pseudo_threshold,

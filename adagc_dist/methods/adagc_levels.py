@@ -59,7 +59,7 @@ class AdaGCLevels(AdaGC):
     def accept_from(self, levels: Sequence[float]) -> None:
         self._levels_C = torch.tensor(levels, device=self._engine.device)
 
-    def _pseudo_labels(self, batch: TrainingBatch, student_BC: Tensor) -> Tensor:
-        pseudo_BC = super()._pseudo_labels(batch, student_BC)
+    def _pseudo_labels(self, batch: TrainingBatch, taught_BC: Tensor, averaged_BC: Tensor) -> Tensor:
+        pseudo_BC = super()._pseudo_labels(batch, taught_BC, averaged_BC)
         assert self._levels_C is not None, "an epoch was validated before the trigger"
         return (pseudo_BC >= self._levels_C).to(pseudo_BC.dtype)
