@@ -3,6 +3,8 @@
     -(1 - p_t)^gamma log p_t,  p_t = p where y = 1, 1 - p where y = 0
     y = 0    d/dz = p^gamma (p - gamma (1 - p) log(1 - p))
 
+The weight has a gradient, as in the paper; some published code takes it for constant.
+
 Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002; gamma from there, without its alpha.
 """
 
