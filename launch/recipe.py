@@ -19,8 +19,9 @@ from docstring_parser import parse_from_object
 from jsonargparse import ArgumentError, ArgumentParser
 
 from adagc_dist.config import Config
+from launch import shipped
 
-__all__ = ["RECIPES", "describe_keys", "dump_config", "flatten", "load_config", "load_run", "recipe_path"]
+__all__ = ["RECIPES", "describe_keys", "dump_config", "flatten", "load_config", "load_run"]
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -35,7 +36,7 @@ def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Con
         ValueError: no such recipe, an unknown key, a value of the wrong type or out of range; the message names the
             key.
     """
-    tree = {} if recipe is None else _read_yaml(recipe_path(recipe))
+    tree = {} if recipe is None else _read(recipe)
     for override in overrides:
         _apply(tree, override)
     _check_keys(tree)
@@ -87,24 +88,6 @@ def flatten(config: Config) -> dict[str, Any]:
     }
 
 
-def recipe_path(recipe: str | Path) -> Path:
-    """The file of a recipe given by path or name.
-
-    Raises:
-        ValueError: there is none; the message lists the shipped ones.
-    """
-    path = Path(recipe)
-    if path.is_file():
-        return path
-    shipped = RECIPES / f"{recipe}.yaml"
-    if shipped.is_file():
-        return shipped
-    names = sorted(file.stem for file in RECIPES.glob("*.yaml"))
-    close = difflib.get_close_matches(str(recipe), names, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ValueError(f"there is no recipe {str(recipe)!r}: {hint}Give a YAML file or one of {', '.join(names)}")
-
-
 def describe_keys() -> str:
     """Every key with its default and meaning, for --help."""
     lines = []
@@ -135,16 +118,12 @@ def _open_sections() -> list[str]:
     ]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict) or not all(isinstance(values, dict) for values in tree.values()):
-        raise ValueError(f"{path} must hold sections ({', '.join(_sections())}) with keys below each")
-    return tree
+def _read(recipe: str | Path) -> dict[str, Any]:
+    def has_sections(tree: Mapping[str, object]) -> bool:
+        return all(isinstance(values, dict) for values in tree.values())
+
+    wanted = f"sections ({', '.join(_sections())}) with keys below each"
+    return shipped.read(shipped.find(recipe, RECIPES, "recipe"), wanted, has_sections)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adagc_dist.config import Config
-from launch.recipe import RECIPES, describe_keys, dump_config, flatten, load_config, recipe_path
+from launch.recipe import RECIPES, describe_keys, dump_config, flatten, load_config
 
 REQUIRED = ["data.shards=shards", "run.dir=run"]
 
@@ -94,7 +94,7 @@ def test_model_arguments_are_added_to_those_of_the_recipe(tmp_path: Path) -> Non
         ("optim.epochs=2.5", r"key \"optim\.epochs\": Expected a .*int.* Got value: 2\.5"),
         ("optim.epochs=true", r"key \"optim\.epochs\": Expected a .*int"),
         ("data.augment=maybe", r"key \"data\.augment\": Expected a .*bool"),
-        ("method.name=adagcc", r"key \"method\.name\": .*'adagc', 'an'.* Got value: adagcc"),
+        ("method.name=adagcc", r"key \"method\.name\": .*'adagc', .*'an'.* Got value: adagcc"),
         ("spml.policy=partial", r"key \"spml\.policy\": .*'random', 'dominant', 'file', 'full'.* Got value: partial"),
         ("optim.precision=fp16", r"key \"optim\.precision\": .*'fp32', 'bf16'"),
         ("model.kwargs=3", r"key \"model\.kwargs\""),
@@ -118,11 +118,12 @@ def test_what_is_wrong_is_told_by_its_key(override: str, message: str) -> None:
         ("lr: 0.1", r"must hold sections \(data, spml, model, method, detector, optim, schedule, engine, run\)"),
         ("[1, 2]", "must hold sections"),
         ("optim: {lr: ", "is no YAML"),
+        ("run: {dir: München}", "is no YAML"),  # not as UTF-8
     ],
 )
 def test_a_wrong_file_is_told(tmp_path: Path, text: str, message: str) -> None:
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(text)
+    recipe.write_text(text, "latin-1")
     with pytest.raises(ValueError, match=message):
         load(recipe=recipe)
 
@@ -134,9 +135,9 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 
 def test_a_missing_recipe_names_the_nearest_and_all() -> None:
     with pytest.raises(
-        ValueError, match=r"there is no recipe 'reben_randm': did you mean 'reben_random'\? .*demo, reben_dom"
+        ValueError, match=r"there is no recipe 'reben_randm': .*demo, reben_dom.*; did you mean reben_random\?"
     ):
-        recipe_path("reben_randm")
+        load_config("reben_randm")
 
 
 @given(

@@ -105,8 +105,19 @@ def test_overrides_win_over_the_recipe_and_are_refused_where_the_grid_wins(here:
     assert config.method.gc_weight == 7.0
     with pytest.raises(ValueError, match=r"method\.name=em: grid\.yaml has method\.name in methods\.an, which wins"):
         load_grid("grid.yaml", ["method.name=em"])
+    told = r"grid\.yaml has method\.gc_weight in settings\.dominant\.methods\.adagc, which wins"
+    with pytest.raises(ValueError, match=told):
+        load_grid("grid.yaml", ["method.gc_weight=4"])
     with pytest.raises(ValueError, match=r"spml\.seed is the comparison's own"):
         load_grid("grid.yaml", ["spml.seed=3"])
+
+
+def test_a_grid_that_has_all_of_a_methods_arguments_wins_over_one_of_them(here: Path) -> None:
+    write_grid(methods={**GRID["methods"], "em": {"method.name": "em", "method.kwargs": {"alpha": 0.1}}})  # type: ignore[dict-item]
+    with pytest.raises(
+        ValueError, match=r"method\.kwargs\.alpha=0\.3: .* has method\.kwargs in methods\.em, which wins"
+    ):
+        load_grid("grid.yaml", ["method.kwargs.alpha=0.3"])
 
 
 @pytest.mark.parametrize("name", ["core", "smoke", "reben", "aid"])
@@ -194,7 +205,8 @@ def row(cell: Cell, seed: int, score: float) -> dict[str, Any]:
 
 def points(score: float) -> list[dict[str, Any]]:
     return [
-        {"epoch": epoch, "noisy_map": score / 2, "true_map": score + epoch / 100, "trigger": int(epoch == 1)}
+        {"epoch": epoch, "noisy_map": score / 2, "true_map": score + epoch / 100, "true_f1": score - 0.2}
+        | {"trigger": int(epoch == 1)}
         for epoch in (1, 2)
     ]
 
@@ -213,6 +225,7 @@ def folder(tmp_path: Path) -> ComparisonFolder:
     comparison = Comparison(
         cells=cells, seeds=[0, 1], split="test", base="an", bound="full", ours="adagc", note="Chosen <blindly>.",
         methods=["an", "adagc", "full"], sets=sets, command=["adagc", "compare", "a b"],
+        labels={cells[0].shards: [0, 30, 45, 15]},
     )  # fmt: skip
     found = ComparisonFolder(tmp_path / "out")
     found.begin(comparison)
@@ -302,6 +315,8 @@ def test_both_reports_have_the_table_and_a_browser_shows_one_without_network(
     told = re.sub(" +", " ", (folder.path / "report.md").read_text())
     assert "| an | 52.00 ± 2.83 | 42.00 ± 2.83 | 2 | 0.0 ± 0.0 | +7.00 ± 1.41 | 2 of 2 |" in told
     assert "adagc compare 'a b'" in told
+    assert "| setting | patches | mean | 1 | 2 | 3 |" in told
+    assert "| random, dominant | 90 | 1.833 | 33.3 | 50.0 | 16.7 |" in told
     assert "| dominant | adagc | 1 | unfinished | - | not begun |" in told
     page = (folder.path / "report.html").read_text()
     assert "Chosen &lt;blindly&gt;." in page
@@ -311,7 +326,8 @@ def test_both_reports_have_the_table_and_a_browser_shows_one_without_network(
     script = "document.querySelector('.method.best').dispatchEvent(new PointerEvent('pointermove', {bubbles: true}));"
     shown = show(browser, folder.path / "report.html", script, tmp_path)
     assert not shown.complaints
-    assert shown.html.count('class="curve finished best on"') == 2 * 3  # two charts, and three runs
+    assert shown.html.count('class="bar"') == 3
+    assert shown.html.count('class="curve finished best on"') == 3 * 3  # three charts, and three runs
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -325,9 +341,10 @@ def test_what_cannot_be_is_told_before_anything_starts(
         assert not Path("out").exists()
         return capsys.readouterr().err
 
-    assert "there is no grid 'gird': give a YAML file, or the name of a shipped one (aid, core" in (
-        told() if main(["gird", "--out", "out"], {}) != 2 else capsys.readouterr().err
-    )
+    assert main(["cores", "--out", "out"], {}) == 2
+    message = capsys.readouterr().err
+    assert "there is no grid 'cores': give a YAML file, or the name of a shipped one (aid, core" in message
+    assert "did you mean core?" in message
     write_grid(methods={**GRID["methods"], "em": {"method.nam": "em"}})  # type: ignore[dict-item]
     assert "em under random: unknown key method.nam: did you mean method.name?" in told()
     write_grid(methods={**GRID["methods"], "em": {"method.name": "emm"}})  # type: ignore[dict-item]

@@ -59,7 +59,8 @@ def test_a_trial_is_what_its_folder_says(sweep: SweepFolder) -> None:
     assert add(sweep, 1, 0.1, state="stopped").state == "unfinished"
     assert add(sweep, 2, 0.1, state="finished").state == "finished"
     pruned = add(sweep, 3, 0.1, state="stopped")
-    pruned.prune()
+    assert (pruned.state, pruned.repeats) == ("unfinished", None)
+    TrialFolder(pruned.path).prune()  # by another process
     assert pruned.state == "pruned"
     failed = add(sweep, 4, 0.1, state="failed")
     failed.add_attempt(seconds=2, host="here", error="no memory")
@@ -93,10 +94,14 @@ def test_another_sweep_is_refused_with_the_difference(sweep: SweepFolder) -> Non
         sweep.check(make_plan(seed=1), resume=True)
 
 
-def test_a_run_is_no_sweep_and_a_new_folder_is_free(sweep: SweepFolder, tmp_path: Path) -> None:
+def test_neither_a_run_nor_a_comparison_is_a_sweep_and_a_new_folder_is_free(sweep: SweepFolder, tmp_path: Path) -> None:
     SweepFolder(tmp_path / "new").check(make_plan(), resume=True)
-    with pytest.raises(ValueError, match="is a run's folder"):
+    with pytest.raises(ValueError, match="is a run's folder: name another with --dir"):
         SweepFolder(add(sweep, 0).path).check(make_plan(), resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "compare.json").touch()
+    with pytest.raises(ValueError, match="is a comparison's folder: name another with --dir"):
+        SweepFolder(tmp_path / "other").check(make_plan(), resume=True)
     with pytest.raises(FileNotFoundError, match="is no sweep"):
         _ = SweepFolder(tmp_path / "new").plan
 

@@ -3,18 +3,20 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from sharding.progress import Progress
 from tests.test_tuning_record import BASE, add, make_plan
 from tuning.child import Order
 from tuning.cores import CoreClaim
-from tuning.drive import bundle
+from tuning.drive import bundle, follow
 from tuning.record import SweepFolder
 from tuning.schedule import Numbers, make_scheduler
-from tuning.space import load_space
+from tuning.space import Domain, Space, load_space
 from tuning.tpe import propose
 
 CPUS, GPUS = {"CPU": 16.0}, {"CPU": 64.0, "GPU": 4.0}
@@ -90,6 +92,27 @@ def test_optuna_proposes_from_what_the_folder_tells(sweep: SweepFolder) -> None:
     proposals = [propose(sweep, space, number, lambda drawn: True) for number in range(20, 30)]
     near = sum(abs(one["method.teacher_weight"] - 0.8) < 0.3 for one in proposals)
     assert near >= 9  # 5 without the trials
+
+
+def test_optuna_proposes_the_last_step(sweep: SweepFolder) -> None:
+    space = Space("space.yaml", {"optim.lr": Domain("quniform", (0.0, 1.0, 0.3))})
+    proposals = {propose(sweep, space, number, lambda drawn: True)["optim.lr"] for number in range(40)}
+    assert sorted(proposals) == pytest.approx([0.0, 0.3, 0.6, 0.9])
+
+
+def test_work_is_followed_to_its_end_or_until_it_is_to_stop() -> None:
+    failed, stopped = Progress("x", 10, unit="patch"), Progress("x", 10, unit="patch")
+
+    def fail() -> None:
+        raise KeyError("gone")
+
+    assert repr(follow(fail, lambda: False, progress=failed, done=lambda: 3)) == "KeyError('gone')"
+    looks, release = list[int](), threading.Event()
+    error = follow(
+        release.wait, lambda: len(looks) == 2, progress=stopped, done=lambda: 4, look=lambda: looks.append(0)
+    )
+    release.set()
+    assert (error, len(looks)) == (None, 2)
 
 
 def test_a_run_that_has_finished_untold_is_told_and_not_trained_again(sweep: SweepFolder) -> None:

@@ -34,6 +34,30 @@ def test_whole_numbers_and_steps_reach_both_ends(low: int, width: int, seed: int
     assert {0, 1} <= drawn
 
 
+@pytest.mark.parametrize(
+    ("bounds", "values"),
+    [
+        ((0.0, 1.0, 0.3), [0.0, 0.3, 0.6, 0.9]),  # three steps do not reach the end
+        ((0.1, 0.5, 0.1), [0.1, 0.2, 0.3, 0.4, 0.5]),
+        ((1000.5, 1003.5, 1.0), [1000.5, 1001.5, 1002.5, 1003.5]),  # five digits
+    ],
+)
+def test_steps_end_at_values_that_can_be_drawn_and_lead_to_no_others(
+    bounds: tuple[float, ...], values: list[float]
+) -> None:
+    domain = Domain("quniform", bounds)
+    assert domain.ends == (values[0], values[-1])
+    rngs = [derive_rng(0, number) for number in range(100)]
+    assert {domain.draw(rng) for rng in rngs} == {*values}
+    assert {domain.near(value, rng) for value in values for rng in rngs} <= {*values}
+
+
+def test_a_space_may_end_in_what_is_refused_where_no_step_leads_there(tmp_path: Path) -> None:
+    write(tmp_path, "method.teacher_weight: {quniform: [0, 1.2, 0.5]}").check(BASE)
+    with pytest.raises(ValueError, match=r"method\.teacher_weight=1\.5: .* must lie in \[0, 1\]"):
+        write(tmp_path, "method.teacher_weight: {quniform: [0, 1.7, 0.5]}").check(BASE)
+
+
 def test_a_trial_is_a_function_of_seed_and_number() -> None:
     space = load_space("adagc")
     one, other = (space.draw(BASE, Path("run"), 3, "trial", number) for number in (7, 8))
@@ -80,6 +104,7 @@ def test_numbers_as_yaml_and_people_write_them(tmp_path: Path) -> None:
         ("detector.max_epochs: {randint: [1, 30]}", "max_epochs=30 is more than 0.4 of optim.epochs=16"),
         ("- optim.lr", "must hold lines like"),
         ("a: [", "is no YAML"),
+        ("# nothing", "must hold lines like"),
     ],
 )
 def test_a_wrong_space_names_key_and_remedy(tmp_path: Path, line: str, told: str) -> None:
@@ -88,7 +113,9 @@ def test_a_wrong_space_names_key_and_remedy(tmp_path: Path, line: str, told: str
 
 
 def test_a_space_that_is_not_there_names_those_that_are() -> None:
-    with pytest.raises(ValueError, match=r"there is no space 'adagcc': .* shipped one \(adagc, pbt\)"):
+    with pytest.raises(
+        ValueError, match=r"there is no space 'adagcc': .* shipped one \(adagc, pbt\); did you mean adagc\?"
+    ):
         load_space("adagcc")
 
 

@@ -9,7 +9,7 @@ from tuning.axes import Axis
 from tuning.importance import Influence
 from tuning.markup import el
 
-__all__ = ["Look", "Mark", "Path", "bars", "colour", "curves", "parallel", "ramp", "scatter", "strips"]
+__all__ = ["Look", "Mark", "Path", "bars", "colour", "curves", "histogram", "parallel", "ramp", "scatter", "strips"]
 
 # Pale to dark, for the best are to be seen on white.
 _STOPS = ((172, 190, 208), (112, 166, 208), (38, 115, 178), (8, 48, 107))
@@ -165,6 +165,22 @@ def bars(found: Sequence[Influence]) -> Element:
     svg.append(el("path", {"class": "chance", "d": f"M{_f(left)},{_f(y - 9)}v11"}))
     svg.append(el("text", {"x": _f(left + 7), "y": _f(y), "class": "note"}, "95 of 100 shuffles stay below this line"))
     return svg
+
+
+def histogram(counts: Sequence[int], x: Axis, y: Axis) -> Element:
+    """A column a whole number from 0 on, its share of all in percent above it."""
+    frame = _Frame(530.0, 250.0, x, y, x_title=x.name, y_title=y.name)
+    for number, count in enumerate(counts):
+        share = 100 * count / sum(counts)
+        top = frame.y(share)
+        if not count or top is None:
+            continue
+        left, right = frame.x(number - 0.4), frame.x(number + 0.4)
+        box = {"x": _f(left), "y": _f(top), "width": _f(right - left), "height": _f(frame.bottom - top)}
+        frame.svg.append(el("rect", {**box, "class": "bar"}))
+        text = f"{share:.1f}" if share < 10 else f"{share:.0f}"
+        frame.svg.append(el("text", {"x": _f(frame.x(number)), "y": _f(top - 4), "class": "tick middle"}, text))
+    return frame.svg
 
 
 def strips(groups: Sequence[tuple[str, Sequence[Mark], float, float]], x: Axis) -> Element:

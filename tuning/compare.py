@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adagc_dist.config import Config
+import numpy as np
+
+from adagc_dist.config import Config, DataConfig, SpmlConfig
 from sharding.arguments import count, make_parser, positive, target
+from sharding.manifest import Manifest
 from tuning.command import on_ray
 from tuning.compare_results import read_known
 from tuning.comparison import Cell, Comparison, ComparisonFolder, Run, key_of, plan
@@ -52,6 +55,7 @@ class Request:
     known: Sequence[Mapping[str, Any]]
     ranks: int
     gpus: int | None
+    dry_run: bool
 
     @property
     def device(self) -> str:
@@ -68,7 +72,7 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
     request = read(words)
     if request is None:
         return 2
-    if _parser().parse_intermixed_args(words).dry_run:
+    if request.dry_run:
         print(describe(request))
         return 0
     found = os.environ if env is None else env  # noqa: TID251  # passed on as a value
@@ -90,7 +94,7 @@ def read(words: Sequence[str]) -> Request | None:
 def describe(request: Request) -> str:
     """The runs, what is to become of each, and how many rows are to be trained in all."""
     comparison, folder = request.comparison, request.folder
-    over = {key_of(one["row"]): "known" for one in request.known} | dict.fromkeys(folder.known(), "known")
+    over = {key_of(one["row"]): "known" for one in request.known} | dict.fromkeys(folder.known, "known")
     over |= {key: "done" for key, trial in folder.by_key().items() if trial.state == "finished"}
     firsts = {run.key: run for run in comparison.distinct}
     lines = []
@@ -115,39 +119,70 @@ def _request(arguments: argparse.Namespace, words: Sequence[str]) -> Request:
     if arguments.gpus_per_trial and "cpu" in devices:
         raise ValueError("--gpus-per-trial and engine.device=cpu: leave one of them out")
     ranks = arguments.gpus_per_trial or arguments.ranks_per_trial
+    opened = _Opened()
     cells = [
-        _cell(f"{grid.name}: {method} under {setting}", setting, method, config, ranks)
+        _cell(f"{grid.name}: {method} under {setting}", setting, method, config, ranks, opened)
         for (setting, method), config in configs.items()
     ]
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    comparison = plan(grid, cells=cells, seeds=[*seeds], split=arguments.split, command=["adagc", "compare", *words])
+    comparison = plan(
+        grid, cells=cells, seeds=[*seeds], split=arguments.split, command=["adagc", "compare", *words],
+        labels=opened.labels,
+    )  # fmt: skip
     wanted = {run.key for run in comparison.runs}
     earlier = (one for file in arguments.known for one in read_known(Path(file)))
     known = [one for one in earlier if one["row"]["split"] == arguments.split and key_of(one["row"]) in wanted]
-    return Request(ComparisonFolder(arguments.out), comparison, configs, known, ranks, arguments.gpus_per_trial)
+    folder, gpus = ComparisonFolder(arguments.out), arguments.gpus_per_trial
+    return Request(folder, comparison, configs, known, ranks, gpus, arguments.dry_run)
 
 
-def _cell(where: str, setting: str, method: str, config: Config, ranks: int) -> Cell:
+class _Opened:
+    """The shards of cells, with what is observed of them; the same ones are opened once.
+
+    Attributes:
+        labels: of ``Comparison``.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[DataConfig, SpmlConfig], Manifest] = {}
+        self.labels: dict[str, list[int]] = {}
+
+    def of(self, config: Config) -> Manifest:
+        """
+        Raises:
+            FileNotFoundError, FetchError, ValueError: there are none, or they lack what is to be observed.
+        """
+        from launch.data import Shards  # torch takes seconds
+
+        if (key := (config.data, config.spml)) not in self._known:
+            shards = Shards.open(config)
+            shards.observed(shards.table("validation"))
+            self._known[key] = shards.manifest
+            if shards.manifest.digest not in self.labels:
+                counts_N = shards.table("train").labels_NC.sum(axis=1)
+                self.labels[shards.manifest.digest] = np.bincount(counts_N).tolist()
+        return self._known[key]
+
+
+def _cell(where: str, setting: str, method: str, config: Config, ranks: int, opened: _Opened) -> Cell:
     """
     Raises:
         ValueError: its runs could not be trained; the message says which, and why.
     """
-    from launch.data import Shards  # torch takes seconds
-    from launch.train import check
+    from launch.train import check  # torch takes seconds
 
     try:
         check(config, ranks)
-        shards = Shards.open(config)
-        shards.observed(shards.table("validation"))
+        manifest = opened.of(config)
         settings = settings_of(config)
     except (ValueError, OSError) as error:
         raise ValueError(f"{where}: {error}") from error
     return Cell(
         setting=setting,
         method=method,
-        shards=shards.manifest.digest,
+        shards=manifest.digest,
         epochs=config.optim.epochs,
-        rows=shards.manifest.num_rows("train"),
+        rows=manifest.num_rows("train"),
         settings=settings,
     )
 

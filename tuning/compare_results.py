@@ -1,11 +1,12 @@
 """What a comparison has found, read from its folder: two tables as CSV. Without Ray, while it runs, too.
 
 results.csv   a row a run: setting, method, seed, state, split; on it map (macro), map_micro, f1 (macro), f1_micro; at
-              the last epoch noisy_map and true_map, the teacher's on validation; trigger_epoch and best_epoch (of
-              true_map), counted as epochs trained; epochs, samples, seconds; shards, their digest; ap/<class>;
-              settings, as JSON: what the run depends on, and digest, of those that are not defaults
+              the last epoch noisy_map, noisy_auc and true_map, the teacher's on validation; trigger_epoch and
+              best_epoch (of true_map), counted as epochs trained; epochs, samples, seconds; shards, their digest;
+              ap/<class>; settings, as JSON: what the run depends on, and digest, of those that are not defaults
 curves.csv    a row an epoch of each run: setting, method, seed, epoch, noisy_map, true_map, trigger, true_f1 at
-              thresholds fitted to the observed labels, precision and recall of the pseudo-labels, where there were some
+              thresholds fitted to the observed labels, noisy_auc, precision and recall of the pseudo-labels, where
+              there were some
 
 Rows of earlier comparisons are taken over (``read_known``): they say what they are of.
 """
@@ -27,6 +28,7 @@ _CURVE = {
     "noisy_map": "map/noisy_teacher",
     "true_map": "map/true_teacher",
     "true_f1": "f1/true_teacher",
+    "noisy_auc": "auc/noisy_teacher",
     "pseudo_precision": "pseudo/precision",
     "pseudo_recall": "pseudo/recall",
 }
@@ -35,10 +37,11 @@ _TEXTS = ("setting", "method", "state", "split", "shards", "digest")
 _WHOLE = ("seed", "epoch", "trigger", "trigger_epoch", "best_epoch", "epochs", "samples")
 _NEEDED = (*_TEXTS, "seed", "epoch", "settings")
 _COLUMNS = (
-    *("setting", "method", "seed", "state", "split", *_MEASURED, "noisy_map", "true_map", "trigger_epoch"),
+    *("setting", "method", "seed", "state", "split", *_MEASURED, "noisy_map", "noisy_auc", "true_map", "trigger_epoch"),
     *("best_epoch", "epochs", "samples", "seconds", "shards"),
 )
 _CURVE_COLUMNS = ("setting", "method", "seed", "epoch", "noisy_map", "true_map", "trigger")
+_MORE = ("true_f1", "noisy_auc", "pseudo_precision", "pseudo_recall")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def write(folder: ComparisonFolder) -> list[Outcome]:
     classes = [name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith("ap/")]
     _write(folder.path / "results.csv", (*_COLUMNS, *classes, "settings", "digest"), rows)
     points = [{**one.row, **point} for one in found for point in one.curve]
-    _write(folder.path / "curves.csv", (*_CURVE_COLUMNS, "true_f1", "pseudo_precision", "pseudo_recall"), points)
+    _write(folder.path / "curves.csv", (*_CURVE_COLUMNS, *_MORE), points)
     return found
 
 
@@ -118,6 +121,7 @@ def _read(trial: TrialFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "state": trial.state,
         **{name: measured.get(column) for name, column in _MEASURED.items()},
         "noisy_map": last.get("noisy_map"),
+        "noisy_auc": last.get("noisy_auc"),
         "true_map": last.get("true_map"),
         "trigger_epoch": next((point["epoch"] for point in curve if point["trigger"]), None),
         "best_epoch": max(true, key=lambda epoch: (true[epoch], -epoch)) if true else None,

@@ -34,6 +34,8 @@ def sections(found: Found, name: str) -> Iterator[Element]:
             parts += [el("p", {"class": "note"}, table.told)] if table.told else []
             strips = _strips(found, table.title) if title == "Results" else None
             parts += [strips] if strips is not None else []
+        if title == "Labels per patch":
+            parts += _histograms(found)
         yield section(title, *parts)
         if title == "Results":
             yield from _curves(found)
@@ -55,6 +57,17 @@ def _strips(found: Found, setting: str) -> Element | None:
     axis = linear("mAP in percent", reach)
     told = "A point a seed; line and band: their mean, and a standard deviation to each side."
     return el("figure", None, charts.strips(groups, axis), el("figcaption", None, told))
+
+
+def _histograms(found: Found) -> list[Element]:
+    drawn = []
+    for shards, names in found.settings_by_shards.items():
+        if counts := found.comparison.labels.get(shards):
+            shares = [100 * count / sum(counts) for count in counts]
+            x = linear("true labels of a patch", [len(counts) - 0.5], whole=True)
+            chart = charts.histogram(counts, x, linear("% of train", [1.08 * max(shares)], whole=True))
+            drawn.append(el("figure", None, chart, el("figcaption", None, ", ".join(names))))
+    return [el("div", {"class": "pair"}, *drawn)]
 
 
 def _curves(found: Found) -> Iterator[Element]:

@@ -53,6 +53,14 @@ class Found:
         self.settings = [*dict.fromkeys(cell.setting for cell in comparison.cells)]
         self._rows = {(one.row["setting"], one.row["method"], one.run.seed): one for one in outcomes if one.is_finished}
 
+    @property
+    def settings_by_shards(self) -> dict[str, list[str]]:
+        """The settings that share shards, by their digest."""
+        names: dict[str, dict[str, None]] = {}
+        for cell in self.comparison.cells:
+            names.setdefault(cell.shards, {})[cell.setting] = None
+        return {shards: [*ones] for shards, ones in names.items()}
+
     def methods(self, setting: str) -> list[str]:
         """That are compared there, in the grid's order."""
         return [cell.method for cell in self.comparison.cells if cell.setting == setting]
@@ -109,6 +117,7 @@ def groups(found: Found) -> list[tuple[str, list[Table]]]:
         "Results": [*(_main_table(found, one) for one in found.settings), _average(found)],
         "Trigger": [_triggers(found, one) for one in found.settings],
         "Cost": [_cost(found)],
+        "Labels per patch": [_labels(found)],
         "Average precision by class": [_per_class(found, one) for one in found.settings],
         "Not finished": [_problems(found)],
         "Grid": [_grid(found)],
@@ -203,6 +212,21 @@ def _triggers(found: Found, setting: str) -> Table | None:
         "mAP that the last epoch is behind; pseudo-labels of the last epoch."
     )
     return Table(setting, head, rows, told) if rows else None
+
+
+def _labels(found: Found) -> Table | None:
+    """What the methods have to recover: true labels of train, of which training sees one."""
+    known = {shards: names for shards, names in found.settings_by_shards.items() if shards in found.comparison.labels}
+    many = max((len(found.comparison.labels[shards]) for shards in known), default=0)
+    rows = []
+    for shards, names in known.items():
+        counts = found.comparison.labels[shards]
+        total = sum(counts)
+        average = sum(number * count for number, count in enumerate(counts)) / total
+        shares = [f"{100 * count / total:.1f}" for count in counts[1:]] + ["-"] * (many - len(counts))
+        rows.append([", ".join(names), str(total), f"{average:.3f}", *shares])
+    head = ["setting", "patches", "mean", *map(str, range(1, many))]
+    return Table("Labels per patch", head, rows, "True labels of train; shares in percent.") if rows else None
 
 
 def _problems(found: Found) -> Table | None:

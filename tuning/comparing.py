@@ -5,7 +5,6 @@ Ray is waited for in a thread; the main thread hears the signals, and saves and 
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -17,13 +16,11 @@ from tuning.compare import Request, read
 from tuning.compare_report import results, write_all
 from tuning.compare_results import Outcome
 from tuning.comparison import Run
-from tuning.drive import POLL_SECONDS, Signals, bundle, connect, in_words, save
+from tuning.drive import Signals, bundle, connect, follow, in_words, save
 from tuning.pool import Pool, places
 from tuning.record import TrialFolder, why_hopeless
 
 __all__ = ["main"]
-
-_SHOW_SECONDS = 10
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,7 +49,6 @@ class _Comparing:
         self._folder, self._comparison = request.folder, request.comparison
         self._pool = Pool(resources, side_by_side, self._is_over, self._ended)
         self._hopeless, self._changed = "", False
-        self._error: BaseException | None = None
         rows = sum(run.cell.epochs * run.cell.rows for run in self._comparison.distinct)
         self._progress = Progress("comparison", rows, unit="patch", seconds=60.0)
 
@@ -65,20 +61,13 @@ class _Comparing:
         found = write_all(self._folder).outcomes
         over = sum(one.is_finished for one in found)
         _say(f"{over} of {len(found)} runs are over; each takes {in_words(self._resources)}")
-        with self._progress:
-            self._progress.resume(self._rows_done())
-            fit = threading.Thread(target=self._fit, name="Ray", daemon=True)
-            fit.start()
-            shown = time.monotonic()
-            while fit.is_alive() and not self._is_over():
-                fit.join(POLL_SECONDS)
-                if self._changed:
-                    self._changed = False
-                    write_all(self._folder)
-                if time.monotonic() > shown + _SHOW_SECONDS:  # it looks into every trial's folder
-                    self._progress.at(self._rows_done())
-                    shown = time.monotonic()
-            self._progress.at(self._rows_done())
+        error = follow(
+            lambda: self._pool.run(self._orders()),
+            self._is_over,
+            progress=self._progress,
+            done=self._rows_done,
+            look=self._write_if_changed,
+        )
         if self._is_over():
             running = [*self._pool.running.values()]  # the thread may still change it
             begun = [TrialFolder(self._folder.trial_path(order.number)) for order in running]
@@ -87,11 +76,11 @@ class _Comparing:
         told = write_all(self._folder)
         print(results(told), flush=True)
         _say(f"report: {self._folder.path / 'report.md'}")
-        return self._code(told.outcomes)
+        return self._code(told.outcomes, error)
 
-    def _code(self, found: Sequence[Outcome]) -> int:
-        if self._hopeless or (self._error is not None and not self._signals.heard):
-            told = self._hopeless or f"{self._error!r}; once that is mended, --resume goes on"
+    def _code(self, found: Sequence[Outcome], error: BaseException | None) -> int:
+        if self._hopeless or (error is not None and not self._signals.heard):
+            told = self._hopeless or f"{error!r}; once that is mended, --resume goes on"
             print(f"adagc compare: {told}", file=sys.stderr)
             return 1
         states = {one.row["state"] for one in found}
@@ -99,15 +88,14 @@ class _Comparing:
             return EXIT_STOPPED
         return 0 if states == {"finished"} else 1
 
-    def _fit(self) -> None:
-        try:
-            self._pool.run(self._orders())
-        except BaseException as error:
-            self._error = error
+    def _write_if_changed(self) -> None:
+        if self._changed:
+            self._changed = False
+            write_all(self._folder)
 
     def _orders(self) -> Iterator[Order]:
         """Of the runs that are not over, in their order; a folder is made when its run's turn has come."""
-        known, trials = self._folder.known(), self._folder.by_key()
+        known, trials = self._folder.known, self._folder.by_key()
         for run in self._comparison.distinct:
             trial = trials.get(run.key)
             if run.key not in known and (trial is None or trial.state == "unfinished"):
@@ -133,7 +121,7 @@ class _Comparing:
 
     def _rows_done(self) -> int:
         found = {run.key: run.cell for run in self._comparison.distinct}
-        known, trials = self._folder.known(), self._folder.by_key()
+        known, trials = self._folder.known, self._folder.by_key()
         epochs = {key: found[key].epochs for key in known if key in found}
         epochs |= {key: len(trial.epochs) for key, trial in trials.items() if key in found and key not in epochs}
         return sum(count * found[key].rows for key, count in epochs.items())

@@ -9,7 +9,7 @@ results.csv  curves.csv  report.md  report.html  curves-SETTING.svg
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ from tuning.record import TrialFolder, TrialsFolder
 
 __all__ = ["Cell", "Comparison", "ComparisonFolder", "Key", "Run", "key_of", "plan"]
 
-_FILE = "compare.json"
+_FILE, _KNOWN = "compare.json", "known.jsonl"
 _TOLD = 4  # differences
 _DEFAULT = "the default"
 Key = tuple[str, str, int]  # digest of settings and of shards, seed
@@ -83,6 +83,7 @@ class Comparison:
         sets: what the grid sets, for the report: of all runs, a setting, a method, a method under a setting.
         base, bound, ours: methods, or None.
         command: as it was typed, for the report.
+        labels: by digest of shards, how many patches of train have 0, 1, 2, ... true labels.
     """
 
     cells: Sequence[Cell]
@@ -95,6 +96,7 @@ class Comparison:
     methods: Sequence[str]
     sets: Mapping[str, Mapping[str, Any]]
     command: Sequence[str]
+    labels: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def runs(self) -> list[Run]:
@@ -131,10 +133,8 @@ class ComparisonFolder(TrialsFolder):
         Raises:
             ValueError: it holds something else, another comparison, or this one, which is not to be resumed.
         """
+        self._check_free(_FILE, "--out")
         if not (self.path / _FILE).is_file():
-            for file, what in (("config.yaml", "a run's"), ("sweep.json", "a sweep's")):
-                if (self.path / file).exists():
-                    raise ValueError(f"{self.path} is {what} folder: name another with --out")
             return
         try:
             comparison.check_continues(self.comparison)
@@ -179,17 +179,17 @@ class ComparisonFolder(TrialsFolder):
         TrialFolder.write(path, config, number=number, values=values, split=self.comparison.split)
         return TrialFolder(path)
 
+    @cached_property
     def known(self) -> dict[Key, dict[str, Any]]:
-        """{row, curve} of runs that were taken over."""
-        return {key_of(one["row"]): one for one in read_lines(self.path / "known.jsonl")}
+        """{row, curve} of runs that were taken over, before the runs began."""
+        return {key_of(one["row"]): one for one in read_lines(self.path / _KNOWN)}
 
     def take_over(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Those of ``{row, curve}`` that are not known yet."""
-        known = set(self.known())
         for one in rows:
-            if key_of(one["row"]) not in known:
-                add_line(self.path / "known.jsonl", dict(one))
-                known.add(key_of(one["row"]))
+            if (key := key_of(one["row"])) not in self.known:
+                add_line(self.path / _KNOWN, dict(one))
+                self.known[key] = dict(one)
 
 
 def key_of(values: Mapping[str, Any]) -> Key:
@@ -198,7 +198,7 @@ def key_of(values: Mapping[str, Any]) -> Key:
 
 
 def plan(grid: Grid, **more: Any) -> Comparison:
-    """A grid's comparison; ``more``: cells, seeds, split and command."""
+    """A grid's comparison; ``more``: cells, seeds, split, command and labels."""
     common = {"all runs": dict(one.split("=", 1) for one in grid.common)}
     settings = {f"setting {name}": {"recipe": grid.recipes[name], **one} for name, one in grid.settings.items()}
     methods = {f"method {name}": values for name, values in grid.methods.items()}

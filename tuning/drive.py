@@ -1,6 +1,7 @@
-"""What a sweep and a comparison do alike on Ray's cluster: they hear signals, know what a trial takes, and save."""
+"""What a sweep and a comparison do alike on Ray's cluster: hear signals, know what a trial takes, follow, and save."""
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -10,12 +11,14 @@ import ray
 
 from adagc_dist.tracking import write_text
 from launch.stop import STOP_FILE
+from sharding.progress import Progress
 from tuning.child import GRACE_SECONDS
 from tuning.record import TrialFolder, TrialsFolder
 
-__all__ = ["POLL_SECONDS", "Signals", "bundle", "connect", "in_words", "save"]
+__all__ = ["POLL_SECONDS", "Signals", "bundle", "connect", "follow", "in_words", "save"]
 
 POLL_SECONDS = 0.2
+_SHOW_SECONDS = 10
 
 
 def bundle(nodes: Sequence[Mapping[str, float]], *, ranks: int, gpus: int | None, device: str) -> dict[str, float]:
@@ -70,6 +73,47 @@ def connect(signals: Signals) -> tuple[list[Mapping[str, float]], Path]:
     session = Path(ray.init(log_to_driver=False, logging_level="ERROR").address_info["session_dir"])
     signals.listen()  # Ray has taken them
     return [node["Resources"] for node in ray.nodes() if node["Alive"]], session
+
+
+def follow(
+    work: Callable[[], None],
+    stopping: Callable[[], bool],
+    *,
+    progress: Progress,
+    done: Callable[[], int],
+    look: Callable[[], None] = lambda: None,
+) -> BaseException | None:
+    """Wait for ``work`` in a thread of its own, to its end or until it is to stop, and show how far it is: the main
+    thread hears the signals meanwhile.
+
+    Args:
+        done: how many patches are; it looks into every trial's folder.
+        look: called all the time.
+
+    Returns:
+        What has ended ``work``, if it did not end well.
+    """
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="Ray", daemon=True)
+    with progress:
+        progress.resume(done())
+        thread.start()
+        shown = time.monotonic()
+        while thread.is_alive() and not stopping():
+            thread.join(POLL_SECONDS)
+            look()
+            if time.monotonic() > shown + _SHOW_SECONDS:
+                progress.at(done())
+                shown = time.monotonic()
+        progress.at(done())
+    return errors[0] if errors else None
 
 
 def save(

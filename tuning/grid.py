@@ -23,7 +23,6 @@ Seed s of a run is that of its initial weights and of the labels that are observ
 the same, so that differences are paired.
 """
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,17 +30,15 @@ from pathlib import Path
 from typing import Any
 
 from adagc_dist.config import Config
-from tuning import shipped
+from launch import shipped
 from tuning.space import Base
 
-__all__ = ["SEEDS", "Grid", "load_grid", "seeded"]
-
-SEEDS = ("run.seed", "spml.seed")
+__all__ = ["Grid", "load_grid", "seeded"]
 
 _GRIDS = Path(__file__).parent / "grids"
 _ROLES = {"base": "an", "bound": "full", "ours": "adagc"}
 _KEYS = ("recipe", "common", "settings", "methods", "only", *_ROLES, "note")
-_OWN = (*SEEDS, "run.dir", "run.max_epochs", "run.max_minutes", "run.resume")
+_OWN = ("run.seed", "spml.seed", "run.dir", "run.max_epochs", "run.max_minutes", "run.resume")
 _NAME = re.compile(r"[\w.+-]+")
 
 
@@ -140,7 +137,7 @@ def _read(path: Path) -> dict[str, Any]:
     tree = shipped.read(path, ", ".join(_KEYS))
     for key in tree:
         if key not in _KEYS:
-            raise ValueError(f"{path}: unknown key {key}: {_nearest(str(key), _KEYS)}")
+            raise ValueError(f"{path}: unknown key {key}: {shipped.nearest(str(key), _KEYS)}")
     return tree
 
 
@@ -185,7 +182,7 @@ def _only(
 
 def _check_name(where: str, kind: str, name: object, known: Mapping[str, object]) -> None:
     if name not in known:
-        raise ValueError(f"{where}: there is no {kind} {name!r}: {_nearest(str(name), list(known))}")
+        raise ValueError(f"{where}: there is no {kind} {name!r}: {shipped.nearest(str(name), known)}")
 
 
 def _role(path: Path, tree: Mapping[str, Any], role: str, methods: Mapping[str, object]) -> str | None:
@@ -203,16 +200,14 @@ def _check_overrides(grid: Grid, overrides: Sequence[str]) -> None:
     Raises:
         ValueError: an override has no effect, for the grid or the comparison sets that key itself.
     """
+    there = {f"settings.{name}": values for name, values in grid.settings.items()}
+    there |= {f"methods.{name}": values for name, values in grid.methods.items()}
+    there |= {f"settings.{setting}.methods.{name}": values for (setting, name), values in grid.special.items()}
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key in _OWN:
             raise ValueError(f"{key} is the comparison's own: leave it out (--seeds says how many there are)")
-        for part, named in (("settings", grid.settings), ("methods", grid.methods)):
-            for name, values in named.items():
-                if key in values:
-                    raise ValueError(f"{override}: {grid.name} has {key} in {part}.{name}, which wins: change it there")
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        for where, values in there.items():
+            for own in values:
+                if f"{key}.".startswith(f"{own}."):  # method.kwargs wins over method.kwargs.alpha, too
+                    raise ValueError(f"{override}: {grid.name} has {own} in {where}, which wins: change it there")

@@ -51,6 +51,8 @@ _SEED = "run.seed"  # among the values of a trial that repeats another
 State = Literal["finished", "pruned", "failed", "unfinished"]
 
 _SCHEMA = 1
+_SWEEP = "sweep.json"
+_OWNERS = {"config.yaml": "a run's", _SWEEP: "a sweep's", "compare.json": "a comparison's"}  # by what tells of them
 _TOO_MANY = 3  # failed trials, where no other is any better
 _TAIL_BYTES, _TAIL_LINES = 16_000, 40
 
@@ -123,15 +125,15 @@ class Generation:
 
 
 class TrialFolder:
-    """One trial, as its folder tells; nothing is remembered between two looks."""
+    """One trial, as its folder tells; of what may change nothing is remembered between two looks."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.number = path, int(path.name)
 
-    @cached_property
+    @property
     def values(self) -> dict[str, Any]:
         """What was drawn for it."""
-        found: dict[str, Any] = self._record()["values"]
+        found: dict[str, Any] = self._made["values"]
         return found
 
     @property
@@ -140,17 +142,15 @@ class TrialFolder:
         found: list[dict[str, int]] = self._record().get("taken_over", [])
         return found
 
-    @cached_property
+    @property
     def repeats(self) -> int | None:
         """The trial that it is once more, with another seed; None where its values were drawn."""
-        found: int | None = self._record().get("repeats")
-        return found
+        return self._made.get("repeats")
 
-    @cached_property
+    @property
     def split(self) -> str | None:
         """On which it is measured once it is trained; None where training is all."""
-        found: str | None = self._record().get("split")
-        return found
+        return self._made.get("split")
 
     @property
     def measured(self) -> dict[str, Any]:
@@ -233,6 +233,11 @@ class TrialFolder:
     def add_attempt(self, *, seconds: float, host: str, error: str | None) -> None:
         add_line(self.path / "attempts.jsonl", {"seconds": round(seconds, 1), "host": host, "error": error})
 
+    @cached_property
+    def _made(self) -> dict[str, Any]:
+        """The record as it was made: of what does not change as long as the trial is this one."""
+        return self._record()
+
     def _attempts(self) -> list[dict[str, Any]]:
         return read_lines(self.path / "attempts.jsonl")
 
@@ -280,6 +285,19 @@ class TrialsFolder:
             raise ValueError(f"{self.path / file} is of another version: go on with the one that wrote it")
         return record
 
+    def _check_free(self, own: str, option: str) -> None:
+        """
+        Args:
+            own: the file of such a folder.
+            option: of the command, for the message.
+
+        Raises:
+            ValueError: it holds something else.
+        """
+        for file, what in _OWNERS.items():
+            if file != own and (self.path / file).exists():
+                raise ValueError(f"{self.path} is {what} folder: name another with {option}")
+
     def free_numbers(self, many: int) -> list[int]:
         """The first that no trial has."""
         taken = {trial.number for trial in self.trials()}
@@ -295,10 +313,8 @@ class SweepFolder(TrialsFolder):
         Raises:
             ValueError: it holds something else, another sweep, or this one, which is not to be resumed.
         """
-        known = self.path / "sweep.json"
-        if not known.is_file():
-            if (self.path / "config.yaml").exists():
-                raise ValueError(f"{self.path} is a run's folder: name another with --dir")
+        self._check_free(_SWEEP, "--dir")
+        if not (self.path / _SWEEP).is_file():
             return
         differences = plan.differences(self.plan)
         if differences:
@@ -310,7 +326,7 @@ class SweepFolder(TrialsFolder):
             raise ValueError(f"{self.path} holds this sweep already: continue it with --resume, or name another folder")
 
     def begin(self, plan: Plan) -> None:
-        self._write("sweep.json", plan)
+        self._write(_SWEEP, plan)
         self.__dict__.pop("plan", None)
 
     @cached_property
@@ -320,7 +336,7 @@ class SweepFolder(TrialsFolder):
             FileNotFoundError: it is no sweep's folder.
             ValueError: another version has written it.
         """
-        return Plan(**self._read("sweep.json", kind="sweep", option="--dir of `adagc tune`"))
+        return Plan(**self._read(_SWEEP, kind="sweep", option="--dir of `adagc tune`"))
 
     @property
     def objective(self) -> Objective:

@@ -4,7 +4,6 @@ Every value that can be drawn goes through ``load_config``, the same door as a r
 at the ends of a range is told before a trial starts.
 """
 
-import difflib
 import itertools
 import math
 import re
@@ -17,9 +16,9 @@ import numpy as np
 import yaml
 
 from adagc_dist.config import Config
+from launch import shipped
 from launch.recipe import load_config
 from sharding.rng import derive_rng
-from tuning import shipped
 
 __all__ = ["Base", "Domain", "Space", "load_space"]
 
@@ -35,6 +34,8 @@ _FIXED = {
 }
 _DRAWS = 100
 _NEAR = 1 / 8  # of the range
+_SHORT = 4  # digits say as much as seventeen, and can be read
+_STEPPED = 12  # a step stays one, without what binary fractions add: 0.3, not 0.30000000000000004
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)
 
 
@@ -79,8 +80,7 @@ class Domain:
         if self.kind == "randint":
             return int(rng.integers(low, high, endpoint=True))
         if self.kind == "quniform":
-            steps = math.floor((high - low) / self.arguments[2] + 1e-9)
-            return self._stepped(int(rng.integers(steps, endpoint=True)))
+            return self._stepped(int(rng.integers(self._steps, endpoint=True)))
         if self.kind == "loguniform":
             return min(max(_short(math.exp(rng.uniform(math.log(low), math.log(high)))), low), high)
         return min(max(_short(rng.uniform(low, high)), low), high)
@@ -91,27 +91,32 @@ class Domain:
         if self.kind == "choice":
             at = self.arguments.index(value) + (1 if up else -1)
             return self.arguments[min(max(at, 0), len(self.arguments) - 1)]
-        low, high = self.arguments[:2]
+        low, high = self.ends
         if self.kind == "loguniform":
             factor = (high / low) ** _NEAR
             return min(max(_short(value * factor if up else value / factor), low), high)
         step = self.arguments[2] if self.kind == "quniform" else 1 if self.kind == "randint" else 0
         size = max(round((high - low) * _NEAR / step), 1) * step if step else (high - low) * _NEAR
-        return min(max(_short(value + size if up else value - size), low), self._highest)
-
-    @property
-    def _highest(self) -> Any:
-        """The last value of quniform need not be its high end."""
-        low, high = self.arguments[:2]
-        return self._stepped(math.floor((high - low) / self.arguments[2] + 1e-9)) if self.kind == "quniform" else high
-
-    def _stepped(self, steps: int) -> float:
-        return _short(self.arguments[0] + self.arguments[2] * steps)
+        moved = value + size if up else value - size
+        return min(max(_short(moved, _STEPPED if step else _SHORT), low), high)
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """The lowest and the highest value; of a choice, all."""
+        """The lowest and the highest value that can be drawn; of a choice, all."""
+        if self.kind == "quniform":  # its last step need not reach the high end
+            return self._stepped(0), self._stepped(self._steps)
         return self.arguments if self.kind == "choice" else self.arguments[:2]
+
+    @property
+    def _steps(self) -> int:
+        """How many steps of quniform there are."""
+        low, high, step = self.arguments
+        return int((high - low) / step + 1e-9)
+
+    def _stepped(self, steps: int) -> float:
+        """The value of quniform after so many."""
+        low, _, step = self.arguments
+        return _short(low + step * steps, _STEPPED)
 
 
 @dataclass(frozen=True)
@@ -212,9 +217,7 @@ def _domain(path: Path, key: str, given: object) -> Domain:
         )
     [(kind, arguments)] = given.items()
     if kind not in _KINDS:
-        close = difflib.get_close_matches(str(kind), _KINDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(_KINDS)}"
-        raise ValueError(f"{where}: there is no domain {kind!r}: {hint}")
+        raise ValueError(f"{where}: there is no domain {kind!r}: {shipped.nearest(str(kind), _KINDS)}")
     if not isinstance(arguments, list) or not arguments:
         raise ValueError(f"{where}: {kind} takes a list, not {arguments!r}")
     if kind == "choice":
@@ -257,9 +260,8 @@ def _number(where: str, given: object) -> float:
     return number
 
 
-def _short(value: float) -> float:
-    """Four digits say as much as seventeen, and can be read."""
-    return float(f"{value:.4g}")
+def _short(value: float, digits: int = _SHORT) -> float:
+    return float(f"{value:.{digits}g}")
 
 
 def _text(value: Any) -> str:

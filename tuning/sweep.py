@@ -6,7 +6,6 @@ a job is cancelled, Ray is gone before we are told.
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,14 +16,12 @@ from launch.train import check
 from sharding.progress import Progress
 from tuning import results
 from tuning.command import Search, read
-from tuning.drive import POLL_SECONDS, Signals, bundle, connect, in_words, save
+from tuning.drive import Signals, bundle, connect, follow, in_words, save
 from tuning.report import write_report
 from tuning.schedule import Recorder
 from tuning.stages import Stages
 
 __all__ = ["main"]
-
-_SHOW_SECONDS = 10
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,7 +46,6 @@ def main(argv: Sequence[str]) -> int:
 class _Sweep:
     def __init__(self, search: Search, resources: Mapping[str, float], session: Path, signals: Signals) -> None:
         self._search, self._sweep, self._resources, self._signals = search, search.sweep, resources, signals
-        self._error: BaseException | None = None
         trials = search.trials + search.repeats * results.REPEATED
         self._progress = Progress("sweep", trials * search.plan.epochs * search.plan.rows, unit="patch", seconds=60.0)
         self._recorder = Recorder(self._sweep, _say)
@@ -62,46 +58,27 @@ class _Sweep:
         self._sweep.begin(self._search.plan)
         over = [trial for trial in self._sweep.drawn() if trial.state != "unfinished"]
         _say(f"{len(over)} of {self._search.trials} trials are over; each takes {in_words(self._resources)}")
-        with self._progress:
-            self._progress.resume(self._patches_done())
-            fit = threading.Thread(target=self._fit, name="Ray Tune", daemon=True)
-            fit.start()
-            shown = time.monotonic()
-            while fit.is_alive() and not self._is_over():
-                fit.join(POLL_SECONDS)
-                if time.monotonic() > shown + _SHOW_SECONDS:  # it looks into every trial's folder
-                    self._progress.at(self._patches_done())
-                    shown = time.monotonic()
-            self._progress.at(self._patches_done())
+        error = follow(self._stages.run, self._is_over, progress=self._progress, done=self._patches_done)
         if self._is_over():
             running = [*self._recorder.running.values()]
             save(self._sweep, running, self._signals, self._search.config.run.stop_seconds, _say)
         found = results.write(self._sweep)
         print(results.describe(self._sweep, found), flush=True)
         _say(f"report: {write_report(self._sweep)}")
-        return self._code([row["state"] for row in found])
+        return self._code([row["state"] for row in found], error)
 
-    def _code(self, states: Sequence[str]) -> int:
+    def _code(self, states: Sequence[str], error: BaseException | None) -> int:
         if self._recorder.hopeless:
             print(f"adagc tune: {self._recorder.hopeless}", file=sys.stderr)
             return 1
         if self._signals.heard:
             return EXIT_STOPPED
-        if self._error is not None:
-            print(
-                f"adagc tune: {self._error!r}; once that is mended, --resume goes on",
-                file=sys.stderr,
-            )
+        if error is not None:
+            print(f"adagc tune: {error!r}; once that is mended, --resume goes on", file=sys.stderr)
             return 1
         if "unfinished" in states:  # their processes were lost twice
             return EXIT_STOPPED
         return 0 if "finished" in states else 1
-
-    def _fit(self) -> None:
-        try:
-            self._stages.run()
-        except BaseException as error:
-            self._error = error
 
     def _patches_done(self) -> int:
         """Those that a stopped trial is spared count as done."""

@@ -69,12 +69,11 @@ def _distribution(domain: Domain) -> Any:
 
     if domain.kind == "choice":
         return CategoricalDistribution([_parameter(value) for value in domain.arguments])
-    low, high = domain.arguments[:2]
+    low, high = domain.ends
     if domain.kind == "randint":
         return IntDistribution(low, high)
     if domain.kind == "quniform":
-        step = domain.arguments[2]
-        return FloatDistribution(low, low + step * int((high - low) / step + 1e-9), step=step)
+        return FloatDistribution(low, high, step=domain.arguments[2])
     return FloatDistribution(low, high, log=domain.kind == "loguniform")
 
 
