@@ -16,11 +16,16 @@ class EmaTeacher:
     The ramp forgets the random start: at step s the teacher is at most the mean of the s students seen so far. Buffers
     (BatchNorm statistics) are copied, after the engine has averaged them over ranks. ``model`` is always in eval mode
     and asks for no gradient.
+
+    Args:
+        compiled: whether ``model`` runs through torch.compile.
     """
 
-    def __init__(self, student: nn.Module, *, momentum: float) -> None:
+    def __init__(self, student: nn.Module, *, momentum: float, compiled: bool = False) -> None:
         self.momentum = momentum
         self.model = copy.deepcopy(student).float().eval().requires_grad_(False)
+        if compiled:
+            self.model.compile()
         self._ours: list[Tensor] = list(self.model.parameters())
         self._theirs: list[Tensor] = list(student.parameters())
         self._our_buffers, self._their_buffers = list(self.model.buffers()), list(student.buffers())

@@ -46,8 +46,19 @@ def quarters(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def check_views(name: str, model: nn.Module, *, bands: int, size: int) -> None:
+def check_views(
+    name: str,
+    model: nn.Module,
+    *,
+    bands: int,
+    size: int,
+    asked: str = "model.views=quarters",
+    remedy: str = "model.views=whole",
+) -> None:
     """Try ``name`` on one empty image [1, bands, size, size], in pixels; the model's mode is left as it was.
+
+    Args:
+        asked, remedy: settings by which there are quarters, and by which there are none, for the message.
 
     Raises:
         ValueError: the model does not take images of half the side.
@@ -60,8 +71,8 @@ def check_views(name: str, model: nn.Module, *, bands: int, size: int) -> None:
         make_view(name)(model.eval(), torch.zeros(1, bands, size, size, device=device))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"model.views={name}: this network does not take images of half of {size} pixels ({error}): set "
-            "model.views=whole, or, where timm knows it for the network, model.kwargs.dynamic_img_size=true"
+            f"{asked}: this network does not take images of half of {size} pixels ({error}): set "
+            f"{remedy}, or, where timm knows it for the network, model.kwargs.dynamic_img_size=true"
         ) from error
     finally:
         model.train(training)

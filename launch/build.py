@@ -90,13 +90,21 @@ def build_trainer(
     checkpoints.open()
     plan = lru_cache(maxsize=2)(lambda epoch: make_plan(shards, comm.world_size, epoch))
     engine = make_engine(parts.student, config, comm=comm, device=device)
-    teacher = EmaTeacher(engine.student, momentum=teacher_momentum(config.method, plan(0).num_steps))
+    teacher = EmaTeacher(
+        engine.student,
+        momentum=teacher_momentum(config.method, plan(0).num_steps),
+        compiled=config.engine.compile,
+    )
     pixels = shards.pixels(device)
-    scorer = make_scorer(shards, validation, pixels, comm=comm, device=device)
     method = make_method(
         config, engine=engine, teacher=teacher, comm=comm, num_rows=len(train),
         num_classes=len(shards.manifest.classes), max_rows=plan(0).max_slot_rows,
     )  # fmt: skip
+    check_views(
+        method.views, parts.student, bands=len(shards.bands), size=shards.size,
+        asked=f"method.name={config.method.name}", remedy="method.kwargs.quarters=0",
+    )  # fmt: skip
+    scorer = make_scorer(shards, validation, pixels, comm=comm, device=device, views=method.views)
     return Trainer(
         config=config,
         comm=comm,

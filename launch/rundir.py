@@ -71,6 +71,8 @@ _MAY_CHANGE = (
     "engine.device",
     "engine.row_exchange",
     "engine.timeout_minutes",
+    "engine.channels_last",  # the same to rounding, as is what follows
+    "engine.compile",
 )
 
 

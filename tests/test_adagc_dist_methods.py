@@ -16,6 +16,7 @@ from adagc_dist.methods import Phase, make_method
 from adagc_dist.methods.adagc import AdaGC
 from adagc_dist.methods.adagc_levels import AdaGCLevels
 from adagc_dist.teacher import EmaTeacher
+from adagc_dist.views import make_view
 from launch.engines.ddp import DdpEngine
 from tests.tiny import Owners
 
@@ -191,13 +192,22 @@ def test_losses_are_local_sums_over_the_global_count() -> None:
     assert math.isclose(sums, whole, rel_tol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"gc_weight": 3.0, "mixup_alpha": 1.0, "pseudo_threshold": 0.9}])
-def test_with_levels_the_loss_is_cross_entropy_without_what_reaches_its_classes_level(settings: dict[str, Any]) -> None:
-    method, engine, teacher = parts(name="adagc_levels", kwargs={"quantile": 0.4}, **settings)
-    assert (method.calibrates, method.level_quantile) == (True, 0.4)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gc_weight": 2.0, "mixup_alpha": 0.5, "pseudo_threshold": 0.9, "teacher_weight": 0.2, "combine": "max"}],
+)
+@pytest.mark.parametrize("view", ["quarters", "whole"])
+def test_with_levels_the_loss_is_cross_entropy_without_what_reaches_its_classes_level(
+    view: str, settings: dict[str, Any]
+) -> None:
+    method, engine, teacher = parts(
+        name="adagc_levels", kwargs={"quantile": 0.4, "quarters": int(view == "quarters")}, **settings
+    )
+    assert (method.calibrates, method.level_quantile, method.views) == (True, 0.4, view)
     given = batch()
     p, y = training_output(engine, given.images), numpy_of(given.observed_BC)
-    t = 0.5 * clean(teacher.model, given.images) + 0.5 * p  # the averages are the first predictions
+    with torch.no_grad():
+        t = numpy_of(make_view(view)(teacher.model.eval(), given.images).sigmoid())
     levels = np.float32([*np.quantile(t, 0.5, axis=0)[:-1], 2.0])  # of the last class none was seen
     method.accept_from(levels.tolist())
     losses = method.losses(given, Phase.CALIBRATION)
@@ -208,6 +218,7 @@ def test_with_levels_the_loss_is_cross_entropy_without_what_reaches_its_classes_
     assert losses.total.item() == pytest.approx(bce(np.where(left, 1e-9, p), y), rel=1e-3)  # t is at most 1 - 1e-4
     assert losses.bce.item() == pytest.approx(bce(p, y), rel=1e-5)
     assert losses.pseudo_counts[0].tolist() == left.sum(axis=0).tolist()
+    np.testing.assert_allclose(method.store.values[method.store.locate(ROWS)], t, atol=1e-6)
 
 
 def test_a_label_that_is_left_out_has_no_gradient() -> None:

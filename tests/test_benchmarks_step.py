@@ -20,6 +20,7 @@ from launch.build import build_trainer
 from sharding.reader import ReadError
 from tests.benchmarks import soak, step
 from tests.benchmarks.step_cases import MemoryReader, TrainerCase, Window
+from tests.benchmarks.step_figures import scaling
 from tests.benchmarks.step_flops import count_flops
 from tests.benchmarks.step_parts import PARTS, Clock
 from tests.benchmarks.step_scaling import BUCKET, Exchange, all_reduce_seconds, step_seconds
@@ -27,9 +28,10 @@ from tests.benchmarks.step_shards import scenes, write_repeated
 from tests.tiny import make_reader, read_batch, slot_of, tiny_config
 
 CPU = torch.device("cpu")
-LIMITS = {
+PASSES = {
     "bare": 1.0, "ddp": 1.0, "an": 1.0, "adagc_warmup": 1.0, "adagc_plain": 4 / 3, "adagc_mixup": 5 / 3,
-    "an_shards": 1.0, "adagc_shards": 5 / 3,
+    "an_shards": 1.0, "adagc_shards": 5 / 3, "an+contiguous": 1.0, "adagc_mixup+contiguous": 5 / 3, "an+foreach": 1.0,
+    "adagc_mixup+foreach": 5 / 3,
 }  # fmt: skip
 
 
@@ -38,19 +40,21 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of the command, on two ranks."""
     path = tmp_path_factory.mktemp("step") / "figures.json"
     small = ["--model", "test_resnet", "--size", "32", "--batch", "4", "--rounds", "1", "--parts-rounds", "1"]
-    step.main(["--device", "cpu", "--steps", "2", *small, "--json", str(path)])
+    step.main(["--device", "cpu", "--steps", "2", *small, "--also", "contiguous,foreach", "--json", str(path)])
     figures: dict[str, Any] = json.loads(path.read_text())
     return figures
 
 
 @pytest.mark.long
-def test_all_cases_are_there_with_their_limits(found: dict[str, Any]) -> None:
+def test_all_cases_are_there_with_their_arithmetic(found: dict[str, Any]) -> None:
     cases = found["cases"]
-    assert {name: line["limit"] for name, line in cases.items()} == pytest.approx(LIMITS)
+    assert {name: line["arithmetic"] for name, line in cases.items()} == pytest.approx(PASSES)
     for name, line in cases.items():
         assert line["ms"] > 0, name
         assert line["samples_per_second"] == pytest.approx(2 * 4 / line["ms"] * 1e3), name
         assert line["to_an"] == pytest.approx(line["ms"] / cases["an"]["ms"]), name
+        plain, _, variant = name.partition("+")
+        assert line["to_plain"] == (pytest.approx(line["ms"] / cases[plain]["ms"]) if variant else None), name
         assert 0 < line["utilisation"] < 1, name
         assert 0 <= line["data_wait"] < 1, name
     assert [goal["what"] for goal in found["goals"]] == ["adagc_mixup / an", "adagc_plain / an", "an / ddp"]
@@ -143,6 +147,17 @@ def test_the_model_of_many_ranks() -> None:
     best, worst = step_seconds(of, 2, bandwidth=BUCKET, latency=0)
     assert (bucket, best, worst) == pytest.approx((1, 3 + 2, 3 + 4))
     assert step_seconds(replace(of, backward=9.0), 2, bandwidth=BUCKET, latency=0)[0] == pytest.approx(3 + 1)
+
+
+def test_what_the_exchanges_took_here_is_counted_once() -> None:
+    """On one rank of the model there is none; on many the share is of the step without it."""
+    lines = {"bare": {"ms": 900.0}, "ddp": {"ms": 1000.0}, "an": {"ms": 1150.0}}
+    parts = {"backward": {"ms": 700.0}, "BatchNorm averaging": {"ms": 50.0}}
+    exchanged = {"gradients": BUCKET, "batchnorm": 1000}
+    found = scaling(lines, {"an": {"parts": parts}}, exchanged, fabrics=[1.0], latency=0.0)
+    of = Exchange(BUCKET, 1000, step=1.0, backward=0.6)
+    for world, share in found[0]["worst"].items():
+        assert share == pytest.approx(1.0 / step_seconds(of, int(world), bandwidth=1e9 / 8, latency=0.0)[1])
 
 
 def test_shards_are_such_that_the_reader_trusts_them(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_numbers_of_adagc_are_nothing_to_a_baseline() -> None:
     assert digest("method.name=an", "method.gc_weight=4") == digest("method.name=an") != digest()
     assert digest("method.name=em", "method.kwargs={alpha: 0.3}") != digest("method.name=em")
     ours = "method.name=adagc_levels"
-    assert digest(ours, "method.gc_weight=4") == digest(ours) != digest(ours, "method.teacher_weight=0.1")
+    assert digest(ours, "method.gc_weight=4") == digest(ours) != digest(ours, "method.kwargs={quantile: 0.1}")
 
 
 def test_a_key_that_came_later_was_at_its_default_and_an_old_default_is_not_todays() -> None:

@@ -35,13 +35,14 @@ _NEUTRAL = (
     "run.",
 )
 _FILES = ("spml.file", "model.pretrained", "engine.deepspeed_json")  # by their content
-_FIXED_IN_VARIANTS = ("method.pseudo_threshold", "method.gc_weight", "method.mixup_alpha")
 _OF_ADAGC = (
     "method.prediction_momentum",
     "method.averages_of",
     "method.teacher_weight",
     "method.combine",
-    *_FIXED_IN_VARIANTS,
+    "method.pseudo_threshold",
+    "method.gc_weight",
+    "method.mixup_alpha",
 )
 
 
@@ -51,13 +52,9 @@ def settings_of(config: Config) -> dict[str, Any]:
     Raises:
         OSError: a file of labels, weights or settings cannot be read.
     """
-    from adagc_dist.methods.table import BASELINES, VARIANTS  # torch takes seconds
-
     found = {key: value for key, value in flatten(config).items() if not key.startswith(_NEUTRAL)}
-    if config.method.name in BASELINES:
+    if config.method.name != "adagc":
         found = {key: value for key, value in found.items() if key not in _OF_ADAGC}
-    if config.method.name in VARIANTS:
-        found = {key: value for key, value in found.items() if key not in _FIXED_IN_VARIANTS}
     for key in _FILES:
         if found[key] and Path(found[key]).is_file():
             found[key] = file_digest(Path(found[key]))

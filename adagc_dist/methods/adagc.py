@@ -27,6 +27,7 @@ from adagc_dist.methods.protocol import Losses, Phase
 from adagc_dist.mixup import mix
 from adagc_dist.store import PredictionStore
 from adagc_dist.teacher import EmaTeacher
+from adagc_dist.views import View, make_view, whole
 
 __all__ = ["AdaGC"]
 
@@ -52,6 +53,10 @@ class AdaGC:
         self._counted_from = max(config.pseudo_threshold, 0.5)
 
     @property
+    def views(self) -> str:
+        return "whole"
+
+    @property
     def level_quantile(self) -> float | None:
         return None
 
@@ -71,7 +76,7 @@ class AdaGC:
 
     def _calibrated(self, batch: TrainingBatch) -> Losses:
         images, observed_BC = batch.images, batch.observed_BC
-        taught_BC = self._predict(self._teacher.model, images)
+        taught_BC = self._predict(self._teacher.model, images, make_view(self.views))
         of_teacher = self._config.averages_of == "teacher"
         if self._config.mixup_alpha > 0:
             averaged_BC = taught_BC if of_teacher else self._predict(self._engine.student, images)
@@ -104,11 +109,11 @@ class AdaGC:
         )
 
     @torch.no_grad()
-    def _predict(self, model: torch.nn.Module, images: Tensor) -> Tensor:
+    def _predict(self, model: torch.nn.Module, images: Tensor, view: View = whole) -> Tensor:
         """Probabilities in eval mode and outside DDP: changes no statistics and exchanges nothing."""
         model.eval()
         with self._engine.autocast():
-            logits_BC: Tensor = model(images)
+            logits_BC = view(model, images)
         return logits_BC.float().sigmoid()
 
     @torch.no_grad()

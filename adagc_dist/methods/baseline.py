@@ -46,6 +46,10 @@ class Baseline(ABC):
         self._epoch = Epoch(epoch, self._epoch.total)
 
     @property
+    def views(self) -> str:
+        return "whole"
+
+    @property
     def level_quantile(self) -> float | None:
         return None
 

@@ -59,6 +59,10 @@ class Method(Protocol):
         """Other weights, momenta and thresholds from here on, at the start of ``epoch`` (from 0)."""
 
     @property
+    def views(self) -> str:
+        """What the teacher is shown of a patch in validation and where it makes pseudo-labels (``make_view``)."""
+
+    @property
     def level_quantile(self) -> float | None:
         """Which quantile of the scores of each class's observed positives on validation ``accept_from`` is told after
         each epoch; None where it is not.

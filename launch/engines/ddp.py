@@ -34,6 +34,8 @@ class DdpEngine(StudentEngine):
         device: torch.device,
         example: Tensor | None = None,
     ) -> None:
+        if config.engine.channels_last:  # images are in any engine; DeepSpeed cannot send such weights to other ranks
+            student = student.to(memory_format=torch.channels_last)
         super().__init__(student, config, comm=comm, device=device)
         self._wrapped = _wrap(self._student, device) if comm.world_size > 1 else self._student
         if example is not None and isinstance(self._wrapped, DistributedDataParallel):
@@ -67,7 +69,7 @@ class DdpEngine(StudentEngine):
         """
         before = [buffer.clone() for buffer in self._student.buffers()]
         self._student.train()
-        with self.autocast():
+        with self.autocast(), torch.compiler.set_stance("force_eager"):  # nothing is to be compiled for two images
             loss = self._wrapped(example).float().sum() * 0.0
         loss.backward()
         with torch.no_grad():

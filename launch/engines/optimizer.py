@@ -14,8 +14,10 @@ __all__ = ["load_optimizer_state", "make_optimizer", "optimizer_state"]
 
 
 def make_optimizer(student: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with a group that decays and one that does not."""
-    return torch.optim.AdamW(_groups(student, config.weight_decay), lr=config.lr, foreach=True)
+    """AdamW with a group that decays and one that does not. Fused, it reads and writes 7 numbers for each weight, where
+    it would be 20, some of them in new memory, and keeps its step count on the device.
+    """
+    return torch.optim.AdamW(_groups(student, config.weight_decay), lr=config.lr, fused=True)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, student: nn.Module) -> dict[str, Tensor]:
@@ -37,9 +39,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, student: nn.Module, s
     for name, value in state.items():
         parameter_name, _, key = name.rpartition("/")
         parameter = parameters[parameter_name]
-        # AdamW keeps its step count on the host: no sync to read it
-        device = "cpu" if key == "step" else parameter.device
-        optimizer.state[parameter][key] = value.to(device).clone()
+        # in the memory order of its parameter, which the fused step takes for granted
+        held = torch.empty((), device=parameter.device) if key == "step" else torch.empty_like(parameter)
+        optimizer.state[parameter][key] = held.copy_(value)
 
 
 def _groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -19,15 +19,21 @@ __all__ = ["StudentEngine"]
 class StudentEngine(ABC):
     """What all engines share: the student on its device, its AdamW, and BatchNorm statistics that all ranks agree on.
 
+    ``engine.compile`` compiles the student in place: it stays the module it was, by whatever wrapper it is called, and
+    within DDP torch cuts the graph where gradients are exchanged.
+
     The loss given to ``backward`` is a local sum over a global count; times the world size (DESIGN decision 3), the
     mean over ranks that a backend takes is the exact global mean though slots differ.
     """
 
     def __init__(self, student: nn.Module, config: Config, *, comm: Comm, device: torch.device) -> None:
         student = student.to(device)
+        self._channels_last = config.engine.channels_last
         self._synced = config.engine.batchnorm == "sync"
         if self._synced and comm.world_size > 1:
             student = synchronise(student, comm)
+        if config.engine.compile:
+            student.compile()
         self._student, self._device, self._comm, self._config = student, device, comm, config.optim
         self._batchnorms = batchnorm_layers(student)
         self._optimizer = make_optimizer(student, config.optim)
@@ -45,6 +51,9 @@ class StudentEngine(ABC):
         self._rows_of_step += len(images)
         self._micro_batches_of_step += 1
         self._student.train()
+        if self._channels_last and images.ndim == 4:  # what has no height and width has one order only
+            # all that follows in the network is then like it; contiguous() would leave images of one band as they are
+            images = torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
         return self._logits(images).float()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -41,7 +41,7 @@ class Partitions:
             steps = [state[f"{name}/step"] for name, _, _ in self._places(group) if f"{name}/step" in state]
             if steps:
                 moments = {key: self._slice(group, key, state) for key in _MOMENTS}
-                self._zero.optimizer.state[flat] = {"step": steps[0].cpu().clone(), **moments}
+                self._zero.optimizer.state[flat] = {"step": steps[0].to(flat.device, copy=True), **moments}
 
     def _named(self, group: int, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Collective: a group's state, by name."""

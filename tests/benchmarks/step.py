@@ -4,12 +4,12 @@ goes.
     python -m tests.benchmarks.step [--json FILE]             on a CPU two ranks, ResNet-18 at 64 pixels: minutes
     python -m tests.benchmarks.step --device cuda --model resnet50 --size 120 --batch 256 --precision bf16
     python -m tests.benchmarks.step --cases an,adagc_mixup --rounds 3 --deepspeed
+    python -m tests.benchmarks.step --device cuda --cases an,adagc_mixup --also compile,contiguous,foreach,fp32
 
 All cases run in the same rank processes and take turns, round by round, so that ratios come from neighbours; figures
 are medians over the rounds. On a CPU the ranks meet through gloo and divide the cores; on GPUs each has one.
 
-    bare           the student in a plain loop over random images on the device; no ranks meet. The limit
-    bare_compiled  the same through torch.compile (GPUs)
+    bare           the student in a plain loop over random images on the device; no ranks meet
     ddp            the same through plain DistributedDataParallel (several ranks)
     an             assume negative: our engine, method and trainer, from native uint16 bands that lie in memory
     adagc_warmup   AdaGC before its trigger: and the prediction averages
@@ -18,12 +18,24 @@ are medians over the rounds. On a CPU the ranks meet through gloo and divide the
     an_shards, adagc_shards    an and adagc_mixup from shards on this disk, through the loader
     zero0..zero2   an through DeepSpeed, in rank processes of their own beside an an of theirs (--deepspeed)
 
-The limit beside each ratio is that of arithmetic: a forward pass 1, a backward pass 2, so BCE 3, AdaGC 4 without Mixup
-and 5 with it. Losses are logged at least once in the steps that count, and every tenth step. Data wait is time of the
-host. "of peak" is the operations of all passes against the fastest matrix product of the same precision on the same
-cores or device in the same run (--peak-tflops: against a data sheet's figure). Of the parts, those that sum over ranks
-(backward, BatchNorm averaging, logging) also wait for the rank that is last. Peak memory is that of a step: on a GPU
-of the allocator, on a CPU resident pages, roughly; other cases' students are left out.
+Only where --cases names them: bare_compiled and bare_graphs, bare through torch.compile and through CUDA graphs;
+ddp_static and ddp_one_bucket, ddp with a static graph and with all gradients in one bucket.
+
+--also takes what differs from the default in one thing; an and adagc_mixup are then measured with it as well, in turns
+with themselves as they are:
+
+    compile        engine.compile=true
+    contiguous     engine.channels_last=false
+    fp32, bf16     optim.precision
+    foreach        AdamW as a series of operations over all weights, not fused
+
+"arithmetic" beside each ratio counts passes: forward 1, backward 2, so BCE 3, AdaGC 4 without Mixup and 5 with it. It
+is no bound: a pass without gradient may take less than a third of forward and backward. Losses are logged at least once
+in the steps that count, and every tenth step. Data wait is time of the host. "of peak" is the operations of all passes
+against the fastest matrix product of the same precision on the same cores or device in the same run (--peak-tflops:
+against a data sheet's figure). Of the parts, those that sum over ranks (backward, BatchNorm averaging, logging) also
+wait for the rank that is last. Peak memory is that of a step: on a GPU of the allocator, on a CPU resident pages,
+roughly; other cases' students are left out.
 """
 
 import argparse
@@ -42,7 +54,7 @@ from sharding import reben
 from tests.benchmarks.machine import cores, machine_line, make_parser, write_json
 from tests.benchmarks.step_figures import case_lines, goals, part_columns, scaling, shares
 from tests.benchmarks.step_flops import Flops, count_flops
-from tests.benchmarks.step_ranks import CASES, ZERO_CASES, Asked, Measured, measure
+from tests.benchmarks.step_ranks import BY_NAME_ONLY, CASES, VARIANTS, VARIED, ZERO_CASES, Asked, Measured, measure
 from tests.benchmarks.step_shards import scenes, write_repeated
 from tests.benchmarks.step_tables import (
     print_cases,
@@ -51,6 +63,7 @@ from tests.benchmarks.step_tables import (
     print_parts,
     print_scaling,
     print_shares,
+    print_variants,
 )
 from tests.benchmarks.step_told import followed
 from tests.ranks import Ranks
@@ -108,6 +121,7 @@ def _conclude(asked: Asked, given: argparse.Namespace, flops: Flops, ranks: list
     told = shares(lines, parts)
     source = "a data sheet's" if given.peak_tflops else f"the fastest {asked.precision} matrix product here"
     print_cases(f"a step on {ranks[0].device}", lines)
+    print_variants(lines)
     print_parts(parts, lines, on_gpu=asked.device == "cuda")
     print_flops(flops, peak, asked.ranks, source, lines)
     print_shares(told)
@@ -158,13 +172,14 @@ def _asked(given: argparse.Namespace) -> Asked:
 
 def _names(parser: argparse.ArgumentParser, given: argparse.Namespace, asked: Asked) -> list[str]:
     """The cases to be measured, in their order."""
-    chosen = given.cases.split(",") if given.cases else list(CASES)
-    for name in chosen:
-        if name not in CASES:
-            parser.error(f"--cases: {name} is none of {', '.join(CASES)}")
-    absent = {"ddp"} if asked.ranks == 1 else set()
-    absent |= {"bare_compiled"} if asked.device == "cpu" else set()
-    return [name for name in CASES if name in chosen and name not in absent]
+    chosen = given.cases.split(",") if given.cases else [name for name in CASES if name not in BY_NAME_ONLY]
+    also = given.also.split(",") if given.also else []
+    for option, names, known in (("--cases", chosen, CASES), ("--also", also, tuple(VARIANTS))):
+        for name in names:
+            if name not in known:
+                parser.error(f"{option}: {name} is none of {', '.join(known)}")
+    found = [name for name in CASES if name in chosen and (asked.ranks > 1 or not name.startswith("ddp"))]
+    return found + [f"{name}+{variant}" for variant in also for name in VARIED if name in found]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -187,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts-rounds", type=int, default=2, metavar="N", help="for where the time goes (2)")
     parser.add_argument("--workers", type=int, metavar="N", help="reading processes of a rank (1; up to 8)")
     parser.add_argument("--cases", metavar="NAME,...", help="only these")
+    parser.add_argument("--also", metavar="NAME,...", help="what differs in one thing, beside an and adagc_mixup")
     parser.add_argument("--deepspeed", action="store_true", help="also ZeRO 0 to 2")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="of a data sheet, per rank")
     parser.add_argument(

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tests.benchmarks.step_flops import Flops, limit
-from tests.benchmarks.step_parts import BACKWARD, LOGGING, PARTS, PLAN, STORE
+from tests.benchmarks.step_flops import Flops, arithmetic
+from tests.benchmarks.step_parts import BACKWARD, BATCHNORM, LOGGING, PARTS, PLAN, STORE
 from tests.benchmarks.step_ranks import Asked, Measured
 from tests.benchmarks.step_scaling import Exchange, step_seconds
 
@@ -37,7 +37,8 @@ def case_lines(ranks: Sequence[Measured], asked: Asked, flops: Flops, peak: floa
             "highest": 1e3 * max(seconds),
             "samples_per_second": rate,
             "to_an": _ratio(rounds, name, "an"),
-            "limit": limit(name),
+            "to_plain": _ratio(rounds, name, name.partition("+")[0]) if "+" in name else None,
+            "arithmetic": arithmetic(name),
             "data_wait": statistics.median(wait / whole for wait, whole in zip(waited, seconds)),
             "gflop_per_sample": flops.of_case(name) / 1e9,
             "utilisation": rate * flops.of_case(name) / peak,
@@ -98,9 +99,9 @@ def goals(lines: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
     for name, base, goal in _GOALS[device]:
         value = _ratio(rounds, name, base)
         if value is not None:
-            least = limit(name) / limit(base)
+            passes = arithmetic(name) / arithmetic(base)
             found.append(
-                {"what": f"{name} / {base}", "value": value, "goal": goal, "limit": least, "met": value <= goal}
+                {"what": f"{name} / {base}", "value": value, "goal": goal, "arithmetic": passes, "met": value <= goal}
             )
     return found
 
@@ -115,15 +116,18 @@ def scaling(
 ) -> list[dict[str, Any]]:
     """The model of ``step_scaling`` for ``fabrics`` in Gbit/s per rank: efficiencies of a step at best and at worst.
 
-    What the exchange took here (DDP's step less the bare one's) is taken off the step and its backward pass first.
+    What the exchanges took here is taken off first: of gradients (DDP's step less the bare one's) off the step and its
+    backward pass, of BatchNorm's statistics off the step.
     """
     here = max(0.0, lines["ddp"]["ms"] - lines["bare"]["ms"]) if {"ddp", "bare"} <= lines.keys() else 0.0
     found = []
     for name in ("an", "adagc_mixup"):
         if name not in columns:
             continue
-        step, backward = ((ms - here) / 1e3 for ms in (lines[name]["ms"], columns[name]["parts"][BACKWARD]["ms"]))
-        of = Exchange(exchanged["gradients"], exchanged["batchnorm"], step, max(0.0, backward))
+        parts = columns[name]["parts"]
+        step = (lines[name]["ms"] - here - parts[BATCHNORM]["ms"]) / 1e3
+        backward = max(0.0, parts[BACKWARD]["ms"] - here) / 1e3
+        of = Exchange(exchanged["gradients"], exchanged["batchnorm"], step, backward)
         for gigabits in fabrics:
             line: dict[str, Any] = {"case": name, "gbps": gigabits, "best": {}, "worst": {}}
             for world in _WORLDS:

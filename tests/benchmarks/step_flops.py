@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from adagc_dist.config import ModelConfig
 from adagc_dist.model import create_student
 
-__all__ = ["Flops", "count_flops", "limit", "matmul_rate"]
+__all__ = ["Flops", "arithmetic", "count_flops", "matmul_rate"]
 
 # Passes of a step in forward passes, beside BCE's: forward 1, backward 2. Calibration adds the teacher's forward pass,
 # and with Mixup another one of the student, for the clean images.
@@ -38,12 +38,18 @@ class Flops:
 
     def of_case(self, name: str) -> float:
         """Of all passes of a case's step."""
-        return self.training + EXTRA_FORWARDS.get(name, 0) * self.forward
+        return self.training + _extra_forwards(name) * self.forward
 
 
-def limit(name: str) -> float:
-    """The least that a case's step can take, in steps of BCE: 1, 4/3 or 5/3."""
-    return (FORWARD_BACKWARD + EXTRA_FORWARDS.get(name, 0)) / FORWARD_BACKWARD
+def arithmetic(name: str) -> float:
+    """The passes of a case's step, in steps of BCE: 1, 4/3 or 5/3. No bound: a pass without gradient keeps nothing for
+    later and may take less than a third of forward and backward.
+    """
+    return (FORWARD_BACKWARD + _extra_forwards(name)) / FORWARD_BACKWARD
+
+
+def _extra_forwards(name: str) -> int:
+    return EXTRA_FORWARDS.get(name.partition("+")[0], 0)
 
 
 def count_flops(config: ModelConfig, *, bands: int, classes: int, size: int) -> Flops:
@@ -73,7 +79,7 @@ def matmul_rate(device: torch.device, precision: str) -> float:
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     before = torch.get_float32_matmul_precision()
-    if torch.backends.cudnn.allow_tf32:
+    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         torch.set_float32_matmul_precision("high")
     best, side = 0.0, 256
     try:

@@ -172,6 +172,6 @@ def _points(trainer: Trainer) -> Iterator[tuple[Any, str, str | Callable[..., st
     for meter in (trainer._meter, trainer._epoch_meter):
         yield from ((meter, "add", LOGGING), (meter, "step", LOGGING))
     if isinstance(method, AdaGC):
-        yield (method, "_predict", lambda model, images: TEACHER if model is trainer.teacher.model else CLEAN)
+        yield (method, "_predict", lambda model, *_: TEACHER if model is trainer.teacher.model else CLEAN)
     if method.store is not None:
         yield from ((method.store, "blend", STORE), (method.store, "step", STORE))

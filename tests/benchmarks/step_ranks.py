@@ -3,15 +3,18 @@
 import importlib
 import os
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import launch.engines.student
 from adagc_dist.batchnorm import batchnorm_layers
 from adagc_dist.checkpoint import CheckpointStore
 from adagc_dist.comm import Comm
@@ -20,6 +23,7 @@ from adagc_dist.model import create_student
 from adagc_dist.tracking import ForgivingTracker, RunTracker
 from adagc_dist.trainer import Trainer
 from launch.build import build_trainer
+from launch.engines.optimizer import make_optimizer
 from launch.world import World, world_context
 from sharding import reben
 from tests.benchmarks.contest import rotated
@@ -29,22 +33,35 @@ from tests.benchmarks.step_memory import begin_peak, held_mb, peak_mb
 from tests.benchmarks.step_parts import Clock
 from tests.benchmarks.step_told import tell
 
-__all__ = ["CASES", "WITH_PARTS", "ZERO_CASES", "Asked", "Measured", "measure"]
+__all__ = ["BY_NAME_ONLY", "CASES", "VARIANTS", "VARIED", "WITH_PARTS", "ZERO_CASES", "Asked", "Measured", "measure"]
 
 CASES = (
-    "bare", "bare_compiled", "ddp", "an", "adagc_warmup", "adagc_plain", "adagc_mixup", "an_shards", "adagc_shards",
+    "bare", "bare_compiled", "bare_graphs", "ddp", "ddp_static", "ddp_one_bucket", "an", "adagc_warmup", "adagc_plain",
+    "adagc_mixup", "an_shards", "adagc_shards",
 )  # fmt: skip
+BY_NAME_ONLY = ("bare_compiled", "bare_graphs", "ddp_static", "ddp_one_bucket")
+# What a run may set otherwise, by section; of AdamW, how it is put together.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "compile": {"engine": {"compile": True}},
+    "contiguous": {"engine": {"channels_last": False}},
+    "fp32": {"optim": {"precision": "fp32"}},
+    "bf16": {"optim": {"precision": "bf16"}},
+    "foreach": {},
+}
+VARIED = ("an", "adagc_mixup")
 ZERO_CASES = ("zero0", "zero1", "zero2")
 WITH_PARTS = ("an", "adagc_plain", "adagc_mixup", "an_shards", "adagc_shards")
 # What shares a student, its optimiser and all that goes with it.
 _GROUPS = (
-    ("bare", "bare_compiled"),
-    ("ddp",),
+    *((name,) for name in CASES if name.startswith(("bare", "ddp"))),
     ("an", "an_shards"),
     ("adagc_warmup", "adagc_plain", "adagc_mixup", "adagc_shards"),
     *((name,) for name in ZERO_CASES),
+    *((f"{name}+{variant}",) for variant in VARIANTS for name in VARIED),
 )
+_ORDER = [name for group in (CASES, ZERO_CASES) for name in group] + [name for group in _GROUPS for name in group]
 _POOL = 4  # batches in memory
+_ONE_BUCKET_MB = 2048  # more than any student's gradients
 _EPOCHS = 10_000  # more than will be begun
 _LOG_EVERY = 10  # as a run does by default; at least once in the steps that count
 _TIMEOUT_MINUTES = 30.0  # until a rank stops waiting for one that compiles
@@ -150,12 +167,12 @@ class _Rank:
             if wanted := [name for name in group if name in names]:
                 self._tell(f"building {', '.join(wanted)}")
                 cases += self._build(wanted)
-        return sorted(cases, key=lambda case: [*CASES, *ZERO_CASES].index(case.name))
+        return sorted(cases, key=lambda case: _ORDER.index(case.name))
 
     def _build(self, names: Sequence[str]) -> list[Case]:
         """The cases of one student, and the memory of each: what all of them hold, and what a step adds at its peak."""
         before = held_mb(self._device)
-        cases = self._plain(names) if names[0] in ("bare", "bare_compiled", "ddp") else self._trained(names)
+        cases = self._plain(names) if names[0].startswith(("bare", "ddp")) else self._trained(names)
         settle = self._asked.steps if self._device.type == "cuda" else 1
         for case in cases:
             case.run(self._window(1, settle))
@@ -179,11 +196,20 @@ class _Rank:
             )
             for _ in range(_POOL)
         ]
-        models: dict[str, Any] = {"bare": lambda: student, "bare_compiled": lambda: torch.compile(student)}
-        models["ddp"] = lambda: DistributedDataParallel(
-            student, device_ids=None if self._device.type == "cpu" else [self._device.index]
-        )
-        return [PlainCase(name, models[name](), student, batches, config.optim) for name in names]
+        return [PlainCase(name, self._model(name, student), student, batches, config.optim) for name in names]
+
+    def _model(self, name: str, student: nn.Module) -> Any:
+        """``student`` as it is called in a plain loop."""
+        if name.startswith("bare"):
+            modes = {"bare_compiled": "default", "bare_graphs": "reduce-overhead"}  # the latter by CUDA graphs
+            return torch.compile(student, mode=modes[name]) if name in modes else student
+        settings: dict[str, dict[str, Any]] = {
+            "ddp": {},
+            "ddp_static": {"static_graph": True},
+            "ddp_one_bucket": {"bucket_cap_mb": _ONE_BUCKET_MB},
+        }
+        ids = None if self._device.type == "cpu" else [self._device.index]
+        return DistributedDataParallel(student, device_ids=ids, **settings[name])
 
     def _trained(self, names: Sequence[str]) -> list[Case]:
         trainer = self._trainer("adagc" if names[0].startswith("adagc") else "an", names[0])
@@ -198,8 +224,8 @@ class _Rank:
                 trainer,
                 shards if name.endswith("_shards") else memory,
                 lead=lead if name.endswith("_shards") else 1,
-                calibrating=name in ("adagc_plain", "adagc_mixup", "adagc_shards"),
-                mixup_alpha=1.0 if name in ("adagc_mixup", "adagc_shards") else 0.0,
+                calibrating=name.startswith(("adagc_plain", "adagc_mixup", "adagc_shards")),
+                mixup_alpha=1.0 if name.startswith(("adagc_mixup", "adagc_shards")) else 0.0,
             )
             for name in names
         ]
@@ -208,7 +234,8 @@ class _Rank:
         """As ``launch.train`` builds it, with TensorBoard's events."""
         config, folder = self._config(method, name), self._folder / name
         checkpoints = CheckpointStore(folder / "checkpoints", comm=self._comm, keep=1)
-        trainer = build_trainer(config, comm=self._comm, device=self._device, checkpoints=checkpoints)
+        with _foreach() if name.endswith("+foreach") else nullcontext():
+            trainer = build_trainer(config, comm=self._comm, device=self._device, checkpoints=checkpoints)
         trainer.start()
         if self._comm.rank == 0:
             folder.mkdir(parents=True)
@@ -218,7 +245,7 @@ class _Rank:
     def _config(self, method: Literal["an", "adagc"], name: str = "") -> Config:
         asked = self._asked
         stage: dict[str, Any] = {"name": "deepspeed", "zero_stage": int(name[-1])} if name in ZERO_CASES else {}
-        return Config(
+        config = Config(
             data=DataConfig(
                 shards=str(self._shards), bands=reben.BANDS[: asked.bands], size=asked.size, workers=asked.workers
             ),
@@ -228,6 +255,9 @@ class _Rank:
             engine=EngineConfig(device=asked.device, timeout_minutes=_TIMEOUT_MINUTES, **stage),
             run=RunConfig(dir=str(self._folder / name), log_every=min(_LOG_EVERY, asked.steps)),
         )
+        variant = VARIANTS.get(name.partition("+")[2], {})
+        changed = {section: replace(getattr(config, section), **values) for section, values in variant.items()}
+        return replace(config, **changed)
 
     def _time(self, case: Case) -> None:
         window = self._window(case.lead, self._asked.steps)
@@ -266,3 +296,20 @@ class _Rank:
     def _tell(self, text: str) -> None:
         if self._comm.rank == 0:
             tell(self._told, text)
+
+
+@contextmanager
+def _foreach() -> Iterator[None]:
+    """Engines that are made meanwhile have AdamW in torch's default form for GPUs, an operation at a time over all
+    weights.
+    """
+
+    def foreach(student: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+        groups = [
+            {key: group[key] for key in ("params", "weight_decay")}
+            for group in make_optimizer(student, config).param_groups
+        ]
+        return torch.optim.AdamW(groups, lr=config.lr, foreach=True)
+
+    with mock.patch.object(launch.engines.student, "make_optimizer", foreach):
+        yield

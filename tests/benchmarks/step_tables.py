@@ -5,7 +5,15 @@ from typing import Any
 
 from tests.benchmarks.step_flops import Flops
 
-__all__ = ["print_cases", "print_flops", "print_goals", "print_parts", "print_scaling", "print_shares"]
+__all__ = [
+    "print_cases",
+    "print_flops",
+    "print_goals",
+    "print_parts",
+    "print_scaling",
+    "print_shares",
+    "print_variants",
+]
 
 Lines = Mapping[str, Mapping[str, Any]]
 
@@ -13,16 +21,25 @@ Lines = Mapping[str, Mapping[str, Any]]
 def print_cases(title: str, lines: Lines) -> None:
     print(f"\n{title}")
     print(
-        f"{'':<14}{'ms a step':>10}{'(lowest-highest)':>20}{'samples/s':>11}{'to an':>8}{'limit':>7}{'data wait':>11}"
-        f"{'of peak':>9}{'peak MB':>9}"
+        f"{'':<24}{'ms a step':>10}{'(lowest-highest)':>20}{'samples/s':>11}{'to an':>8}{'arithmetic':>12}"
+        f"{'data wait':>11}{'of peak':>9}{'peak MB':>9}"
     )
     for name, line in lines.items():
         spread = f"({line['lowest']:.1f}-{line['highest']:.1f})"
         ratio = "" if line["to_an"] is None else f"{line['to_an']:.2f}"
         print(
-            f"{name:<14}{line['ms']:>10.1f}{spread:>20}{line['samples_per_second']:>11,.1f}{ratio:>8}"
-            f"{line['limit']:>7.2f}{line['data_wait']:>11.1%}{line['utilisation']:>9.1%}{line['memory_mb']:>9,.0f}"
+            f"{name:<24}{line['ms']:>10.1f}{spread:>20}{line['samples_per_second']:>11,.1f}{ratio:>8}"
+            f"{line['arithmetic']:>12.2f}{line['data_wait']:>11.1%}{line['utilisation']:>9.1%}{line['memory_mb']:>9,.0f}"
         )
+
+
+def print_variants(lines: Lines) -> None:
+    """What differs in one thing, beside the same case without it."""
+    told = {name: line for name, line in lines.items() if line["to_plain"] is not None}
+    if told:
+        print()
+    for name, line in told.items():
+        print(f"{name}: {line['to_plain']:.3f} of the time of {name.partition('+')[0]}")
 
 
 def print_parts(columns: Lines, lines: Lines, *, on_gpu: bool) -> None:
@@ -56,7 +73,7 @@ def print_flops(flops: Flops, peak: float, ranks: int, source: str, lines: Lines
     backward = flops.training - flops.forward
     print(
         f"\narithmetic of a sample: forward {flops.forward / 1e9:.3f} GFLOP, backward {backward / 1e9:.3f} "
-        f"({backward / flops.forward:.2f} forward passes; the limits take it for 2)\n"
+        f"({backward / flops.forward:.2f} forward passes; the column takes it for 2)\n"
         f"peak: {peak / 1e12:.3f} TFLOP/s over {ranks} rank(s), {source}"
     )
     for name in ("an", "adagc_mixup"):
@@ -77,7 +94,8 @@ def print_shares(shares: Mapping[str, float]) -> None:
 def print_goals(goals: Sequence[Mapping[str, Any]]) -> None:
     for goal in goals:
         verdict = "met" if goal["met"] else "MISSED"
-        print(f"goal {goal['what']} <= {goal['goal']:.2f} (limit {goal['limit']:.2f}): {goal['value']:.2f}, {verdict}")
+        passes = f"arithmetic {goal['arithmetic']:.2f}"
+        print(f"goal {goal['what']} <= {goal['goal']:.2f} ({passes}): {goal['value']:.2f}, {verdict}")
 
 
 def print_scaling(model: Sequence[Mapping[str, Any]], exchanged: Mapping[str, int], latency: float) -> None:
