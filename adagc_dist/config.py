@@ -295,10 +295,10 @@ class EngineConfig:
     """
     timeout_minutes: float = 10.0
     """How long a rank waits for the others in a collective before it ends, naming what it waited in."""
-    channels_last: bool = True
+    channels_last: bool | None = None
     """Student and teacher keep the features of a pixel side by side in memory, as tensor cores want them; the same to
-    rounding. On a CPU a step of ResNet-18 at 120 pixels takes 0.90 of the time, a pass without gradient 0.76; at 64
-    pixels 1.04 and 0.75. Under deepspeed the images of training only."""
+    rounding. null: on GPUs only (not measured there). On a CPU a step of ResNet-18 takes 0.9 of the time at 120 pixels
+    and 1.2 at 64, a pass without gradient 0.75. Under deepspeed the images of training only."""
     compile: bool = False
     """Student and teacher through torch.compile (a C++ compiler or Triton, a minute at the first start; the same to
     rounding). Off: on a CPU a step takes 1.1 times as long; not measured on GPUs."""

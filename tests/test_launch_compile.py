@@ -1,5 +1,5 @@
-"""A compiled run is the run that it would be otherwise: the same losses to rounding, and each goes on from the other's
-checkpoints.
+"""Compiled, or with the features of a pixel side by side, a run is the run that it would be otherwise: the same losses
+to rounding, and each goes on from the other's checkpoints.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from adagc_dist.comm import Comm, SoloComm
 from adagc_dist.trainer import Trainer
 from launch.build import build_trainer
 from launch.engines.ddp import DdpEngine
+from launch.engines.student import in_channels_last
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 
@@ -109,3 +110,36 @@ def test_a_compiled_run_and_one_that_is_not_are_the_same_and_go_on_from_each_oth
             assert ours == pytest.approx(theirs, rel=1e-3)
     maps = [trainer.validator.measure(trainer.teacher.model).noisy_map for trainer in (compiled, plain)]
     assert maps[0] == pytest.approx(maps[1], abs=0.02)
+
+
+def test_channels_last_is_the_same_to_rounding_and_takes_over_the_others_optimizer() -> None:
+    engines = {}
+    for last in (True, False):
+        config = tiny_config(Path("shards"), Path("run"), f"engine.channels_last={str(last).lower()}")
+        engines[last] = DdpEngine(small_student(), config, comm=SoloComm(), device=torch.device("cpu"))
+    weights = {last: engine.student[0].weight for last, engine in engines.items()}
+    assert weights[True].is_contiguous(memory_format=torch.channels_last)
+    assert weights[False].is_contiguous()
+
+    def step(number: int) -> None:
+        images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+        logits = {last: engine.forward(images) for last, engine in engines.items()}
+        torch.testing.assert_close(logits[True], logits[False], rtol=1e-4, atol=1e-5)
+        for last, engine in engines.items():
+            engine.backward(logits[last].square().sum() / 12, last=True)
+            engine.step(0.01)
+
+    step(0)
+    state = {last: engine.state() for last, engine in engines.items()}
+    assert state[True].keys() == state[False].keys()
+    for last, engine in engines.items():  # each goes on with the other's moments
+        engine.load_state(state[not last])
+    step(1)
+    step(2)
+    torch.testing.assert_close(weights[True].contiguous(), weights[False], rtol=1e-3, atol=1e-4)
+
+
+def test_only_gpus_have_channels_last_where_nobody_asks() -> None:
+    config = tiny_config(Path("shards"), Path("run"))
+    assert not in_channels_last(config, torch.device("cpu"))
+    assert in_channels_last(config, torch.device("cuda"))

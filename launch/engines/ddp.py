@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from adagc_dist.comm import Comm
 from adagc_dist.config import Config
 from launch.engines.optimizer import load_optimizer_state, optimizer_state
-from launch.engines.student import StudentEngine
+from launch.engines.student import StudentEngine, in_channels_last
 
 __all__ = ["DdpEngine"]
 
@@ -34,7 +34,7 @@ class DdpEngine(StudentEngine):
         device: torch.device,
         example: Tensor | None = None,
     ) -> None:
-        if config.engine.channels_last:  # images are in any engine; DeepSpeed cannot send such weights to other ranks
+        if in_channels_last(config, device):  # DeepSpeed cannot send such weights to other ranks
             student = student.to(memory_format=torch.channels_last)
         super().__init__(student, config, comm=comm, device=device)
         self._wrapped = _wrap(self._student, device) if comm.world_size > 1 else self._student

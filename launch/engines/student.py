@@ -13,7 +13,13 @@ from adagc_dist.comm import Comm
 from adagc_dist.config import Config
 from launch.engines.optimizer import make_optimizer
 
-__all__ = ["StudentEngine"]
+__all__ = ["StudentEngine", "in_channels_last"]
+
+
+def in_channels_last(config: Config, device: torch.device) -> bool:
+    """Whether images and weights are, by ``engine.channels_last`` or by the device."""
+    asked = config.engine.channels_last
+    return device.type == "cuda" if asked is None else asked
 
 
 class StudentEngine(ABC):
@@ -28,7 +34,7 @@ class StudentEngine(ABC):
 
     def __init__(self, student: nn.Module, config: Config, *, comm: Comm, device: torch.device) -> None:
         student = student.to(device)
-        self._channels_last = config.engine.channels_last
+        self._channels_last = in_channels_last(config, device)
         self._synced = config.engine.batchnorm == "sync"
         if self._synced and comm.world_size > 1:
             student = synchronise(student, comm)

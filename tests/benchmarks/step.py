@@ -26,6 +26,7 @@ with themselves as they are:
 
     compile        engine.compile=true
     contiguous     engine.channels_last=false
+    channels_last  engine.channels_last=true
     fp32, bf16     optim.precision
     foreach        AdamW as a series of operations over all weights, not fused
 

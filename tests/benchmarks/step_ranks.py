@@ -44,6 +44,7 @@ BY_NAME_ONLY = ("bare_compiled", "bare_graphs", "ddp_static", "ddp_one_bucket")
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "compile": {"engine": {"compile": True}},
     "contiguous": {"engine": {"channels_last": False}},
+    "channels_last": {"engine": {"channels_last": True}},
     "fp32": {"optim": {"precision": "fp32"}},
     "bf16": {"optim": {"precision": "bf16"}},
     "foreach": {},
